@@ -1,0 +1,118 @@
+"""What the commands share: Hydra's entry, and its errors in one line with exit status 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mnist_cnn.config import CONF, UserError, nearest
+
+# Folder names come from overrides: keep them to characters that need no quoting in a shell or in Hydra.
+OmegaConf.register_new_resolver(
+    "folder_name", lambda text: re.sub(r"[^\w.+-]+", "-", str(text)).strip("-")[:100], replace=True
+)
+
+
+class Console(logging.StreamHandler[TextIO]):
+    """What a user reads on stdout, what went wrong on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        super().emit(record)
+
+
+def refuse(reason: object) -> NoReturn:
+    """End the command as the contract says for wrong input: one line on stderr, status 2."""
+    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain dicts and lists, every interpolation resolved."""
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _leaves(config: Any, prefix: str = "") -> list[str]:
+    """Every key of a composed configuration, groups included, as the command line writes it."""
+    if not OmegaConf.is_dict(config):
+        return []
+    names = [f"{prefix}{key}" for key in config]
+    return names + [
+        leaf for name, key in zip(names, config, strict=True) for leaf in _leaves(config._get_node(key), f"{name}.")
+    ]
+
+
+def in_one_line(error: Exception, config_name: str) -> str:
+    """Hydra's and OmegaConf's errors in our words, with the nearest right name."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return (
+            f"{group}={option}: no such option{nearest(option, error.options)} (there are {', '.join(error.options)})"
+        )
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else text
+    if match := re.match(
+        r"Could not (?:override|append to config|delete from config)[^'\n]*'([^'\n]+?)(?:@.*)?'", text
+    ):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            known = _leaves(hydra.compose(config_name))
+        return f"unknown key {match[1]}{nearest(match[1], known)}"
+    if match := re.match(r"(?:Missing mandatory value|Structured config of type.*): (\S+)", text):
+        return f"{match[1]} is missing; give {match[1]}=…"
+    first = text.strip().splitlines()
+    return "; ".join(
+        line.strip() for line in first if line.strip() and "full_key" not in line and "object_type" not in line
+    )
+
+
+def _literal_paths(arguments: list[str]) -> list[str]:
+    """Quote values that name an existing path, so that spaces, commas and `=` in it mean themselves."""
+    quoted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and re.search(r"[^\w./+:-]", value) and not key.startswith("-") and Path(value).exists():
+            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+            argument = f"{key}='{escaped}'"
+        quoted.append(argument)
+    return quoted
+
+
+def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
+    """Run a `@hydra.main` task as a command: `task` ends by SystemExit or returns for status 0."""
+    words = _literal_paths(sys.argv[1:])
+    known, unknown = get_args_parser().parse_known_intermixed_args(words)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        refuse(f"unknown flag {unknown[0]}; settings are written without dashes, such as {name}=…")
+    # argparse takes overrides in one place only; users write flags anywhere between them.
+    sys.argv[1:] = [word for word in words if word not in known.overrides] + known.overrides
+    # Hydra hands its errors on only in this mode; a user who asks for it gets the traceback as well.
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        task()
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+        if traceback_wanted:
+            raise
+        GlobalHydra.instance().clear()
+        refuse(in_one_line(error, config_name))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    raise SystemExit(0)

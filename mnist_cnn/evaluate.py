@@ -1,0 +1,96 @@
+"""mnist-evaluate: the figures of a checkpoint on test or validation digits, and the digits it gets wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from mnist_cnn.command import plain, run_command
+from mnist_cnn.config import CONF, Evaluate, UserError, validated
+from mnist_cnn.runs import guarded, write_csv, write_whole
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
+def job(config: DictConfig) -> Any:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    return guarded(lambda: evaluate(validated(Evaluate, plain(config)), folder), folder)
+
+
+def main() -> None:
+    run_command(job, "evaluate")
+
+
+def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
+    """Score a checkpoint, and leave evaluation.json, incorrect.csv and plots/ in `folder`."""
+    import torch
+
+    from mnist_cnn.checkpoint import load_classifier
+    from mnist_cnn.datamodule import MNISTDataModule
+    from mnist_cnn.metrics import per_class_table, score
+
+    classifier = load_classifier(config.checkpoint, config.accelerator.name)
+    if config.accelerator.threads:
+        torch.set_num_threads(config.accelerator.threads)
+    trained_on = classifier.description.data
+    name = trained_on.name if config.data.name == "as_trained" else config.data.name
+    held_out = trained_on.model_dump(include={"validation", "validation_from", "seed"})
+    data = MNISTDataModule(name, config.data.root, **held_out)
+    data.setup()
+    if len(classifier.classes) != len(data.classes):
+        raise UserError(f"{name} has {len(data.classes)} classes, the checkpoint {len(classifier.classes)}")
+    digits = data.test if config.split == "test" else data.validation
+    if not len(digits.labels):
+        raise UserError(f"split=validation: {config.checkpoint} was trained without validation digits; use split=test")
+    if outside := [index for index in config.probabilities if index >= len(digits.labels)]:
+        raise UserError(f"probabilities={outside}: {config.split} has digits 0 to {len(digits.labels) - 1}")
+
+    logits = classifier.logits(digits.images)
+    scores = score(logits, digits.labels)
+    probabilities = torch.softmax(logits.double(), dim=1)
+    predicted = logits.argmax(1)
+    wrong = (predicted != digits.labels).nonzero().flatten().tolist()
+    rows = [
+        {
+            "index": index,
+            "expected": data.classes[int(digits.labels[index])],
+            "predicted": data.classes[int(predicted[index])],
+            **{f"probability {name}": float(p) for name, p in zip(data.classes, probabilities[index], strict=True)},
+        }
+        for index in wrong
+    ]
+    header = ["index", "expected", "predicted", *(f"probability {name}" for name in data.classes)]
+    write_csv(folder / "incorrect.csv", rows, header)
+    figures = {
+        "loss": scores.loss,
+        "accuracy": scores.accuracy,
+        "accuracy_low": scores.interval[0],
+        "accuracy_high": scores.interval[1],
+        "calibration_error": scores.calibration_error,
+    }
+    write_whole(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
+    if config.plots:
+        from mnist_cnn import plots
+
+        plots.results(folder / "plots", digits.images, digits.labels, predicted, scores, data.classes)
+
+    log.info("%s", per_class_table(scores, data.classes))
+    for index in config.probabilities:
+        log.info("digit %d, expected %s", index, data.classes[int(digits.labels[index])])
+        for label, probability in zip(data.classes, probabilities[index].tolist(), strict=True):
+            log.info("%s: %.10f%%", label, 100 * probability)
+    log.info("calibration error %.4f, %d incorrect digits", scores.calibration_error, len(wrong))
+    log.info("%s", scores.headline(config.split))
+    log.info("%s", folder)
+    return figures
+
+
+if __name__ == "__main__":
+    main()
