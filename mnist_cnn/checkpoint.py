@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mnist_cnn.architectures import ConvNet
-from mnist_cnn.config import Architecture, Strict, UserError, validated
+from mnist_cnn.config import Architecture, Share, Strict, UserError, validated
 
 FORMAT = 1
 
@@ -21,7 +21,7 @@ class TrainedOn(Strict):
     """Which data a checkpoint saw, so that its validation digits can be found again."""
 
     name: Literal["mnist", "fashion_mnist", "kmnist", "digits"]
-    validation: int | float = Field(ge=0)
+    validation: Share
     validation_from: Literal["last", "random"]
     normalization: Literal["unit", "standard"]
     seed: int
@@ -58,7 +58,7 @@ class Classifier:
 
     def probabilities(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.float32]:
         """Images uint8 (H, W), (N, H, W) or (N, 1, H, W) of 28×28 to probabilities float32 (N, classes)."""
-        digits = torch.as_tensor(images)
+        digits = torch.as_tensor(np.array(images) if isinstance(images, np.ndarray) else images)
         if digits.shape[-2:] != (28, 28) or digits.dtype != torch.uint8:
             raise UserError(f"images have shape {tuple(digits.shape)}, {digits.dtype}: expected uint8 (N, 28, 28)")
         return torch.softmax(self.logits(digits.reshape(-1, 1, 28, 28)), dim=1).numpy()

@@ -202,20 +202,23 @@ class Schedule(Strict):
     scheduler: Instantiable
 
 
+def _share(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < (1 if isinstance(value, float) else math.inf):
+        raise ValueError(f"data.validation={value!r}: must be a fraction from 0 to below 1.0, or a count of digits")
+    return value
+
+
+Share = Annotated[int | float, BeforeValidator(_share)]
+
+
 class Data(Strict):
     name: Literal["mnist", "fashion_mnist", "kmnist", "digits"]
     root: str = Field(min_length=1)
     batch_size: int = Field(ge=1, le=60_000)
-    validation: int | float = Field(ge=0)
+    validation: Share
     validation_from: Literal["last", "random"]
     normalization: Literal["unit", "standard"]
-
-    @field_validator("validation")
-    @classmethod
-    def _fraction_or_count(cls, value: int | float) -> int | float:
-        if isinstance(value, float) and value >= 1:
-            raise ValueError(f"data.validation={value}: must be a fraction below 1.0 or a whole number of digits")
-        return value
 
 
 class Accelerator(Strict):

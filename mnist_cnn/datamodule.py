@@ -133,7 +133,9 @@ class MNISTDataModule(pl.LightningDataModule):
         sampler: DistributedSampler[tuple[Tensor, Tensor]] = DistributedSampler(
             digits, world, rank, shuffle=True, seed=self.seed
         )
-        return DataLoader(digits, self.batch_size, sampler=sampler, collate_fn=_as_it_is)
+        # A generator of its own: a loader's start would else draw from the random numbers of dropout.
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(digits, self.batch_size, sampler=sampler, collate_fn=_as_it_is, generator=generator)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         if len(self.validation.labels) == 0:

@@ -6,7 +6,9 @@ import contextlib
 import gzip
 import hashlib
 import io
+import logging
 import socket
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -17,6 +19,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from mnist_cnn.config import UserError
+
+log = logging.getLogger(__name__)
 
 # md5 of the uncompressed files. MNIST's are the widely published ones; Fashion-MNIST's are those of the files
 # at github.com/zalandoresearch/fashion-mnist. KMNIST's are published for the .gz only: those are checked instead.
@@ -138,10 +142,12 @@ def _download(dataset_class: type, root: Path, folder: Path) -> None:
 
 
 def _fetch(dataset_class: type, temporary: str) -> None:
+    log.info("downloading %s", dataset_class.__name__)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS_TO_WAIT_FOR_A_MIRROR)  # torchvision sets none and would wait for ever
+    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(bars):
             dataset_class(temporary, download=True)
     except (RuntimeError, OSError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         mirrors = ", ".join(dataset_class.mirrors)  # type: ignore[attr-defined]

@@ -65,7 +65,12 @@ def git_commit() -> str | None:
 
 
 def describe_run(folder: Path, config: Train, overrides: Sequence[str], choices: Mapping[str, Any]) -> None:
-    """Write config.yaml: the resolved configuration, then what ran it."""
+    """Write config.yaml: the resolved configuration, then what ran it; a resumed run may have grown in epochs."""
+    if config.resume:
+        content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if content["epochs"] != config.epochs:
+            write_whole(folder / "config.yaml", yaml.safe_dump({**content, "epochs": config.epochs}, sort_keys=False))
+        return
     run = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "overrides": list(overrides),
@@ -74,7 +79,8 @@ def describe_run(folder: Path, config: Train, overrides: Sequence[str], choices:
         "git_commit": git_commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
-    settings = config.model_dump(mode="json", exclude_defaults=False)
+    settings = config.model_dump(mode="json")
+    settings["data"]["root"] = str(Path(config.data.root).absolute())
     write_whole(folder / "config.yaml", yaml.safe_dump({**settings, "run": run}, sort_keys=False))
 
 
@@ -120,7 +126,8 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
         raise UserError(f"resume={folder}: epochs cannot grow, as the run's schedule ends with epoch {stored.epochs}")
     finished = folder / "metrics.json"
     metrics = json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else {}
-    data = stored.data.model_copy(update={"root": config.data.root})
+    moved = "data.root" in named or not Path(stored.data.root).is_dir()
+    data = stored.data.model_copy(update={"root": config.data.root if moved else stored.data.root})
     update = {"resume": config.resume, "epochs": epochs, "data": data, "plots": config.plots}
     return stored.model_copy(update=update), metrics if epochs == stored.epochs else {}
 

@@ -249,7 +249,7 @@ def made(node: Mapping[str, Any], key: str) -> Any:
     from hydra.errors import InstantiationException
 
     try:
-        thing = hydra.utils.instantiate(dict(node))
+        thing = hydra.utils.instantiate(dict(node), _convert_="all")  # a checkpoint holds plain values
         if key == "logger":
             _ = thing.experiment  # a logger connects here
         return thing

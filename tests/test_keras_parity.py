@@ -10,7 +10,9 @@ os.environ["KERAS_BACKEND"] = "torch"
 import functools
 import math
 import re
+import sys
 
+import absl.logging
 import keras
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ from torch.nn import functional as F
 from mnist_cnn.architectures import ConvNet
 from mnist_cnn.datasets import load
 from mnist_cnn.optimizers import KerasAdam, KerasRMSprop
+
+# Keras brings absl's log handler, which would close pytest's captured stream when Hydra sets up its own logging.
+absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 Conv2D, MaxPooling2D = keras.layers.Conv2D, keras.layers.MaxPooling2D
 Dense, Dropout, Flatten = keras.layers.Dense, keras.layers.Dropout, keras.layers.Flatten
