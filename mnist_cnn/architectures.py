@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_cnn.config import Architecture, Block, Dense, validated
+from mnist_cnn.schema import validated
+from mnist_cnn.specification import Architecture, Block, Dense
 
 
 class ConvNet(nn.Module):

@@ -12,7 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mnist_cnn.architectures import ConvNet
-from mnist_cnn.config import Architecture, Share, Strict, UserError, validated
+from mnist_cnn.config import Share
+from mnist_cnn.schema import Strict, UserError, validated
+from mnist_cnn.specification import Architecture
 
 FORMAT = 1
 

@@ -17,7 +17,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_cnn.config import CONF, UserError, nearest
+from mnist_cnn.config import CONF
+from mnist_cnn.schema import UserError, nearest
 
 # Folder names come from overrides: keep them to characters that need no quoting in a shell or in Hydra.
 OmegaConf.register_new_resolver(

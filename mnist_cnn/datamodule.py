@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from mnist_cnn.config import UserError
 from mnist_cnn.datasets import CLASSES, Digits, load
+from mnist_cnn.schema import UserError
 
 EVALUATION_BATCH = 500
 

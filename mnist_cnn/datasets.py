@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from mnist_cnn.config import UserError
+from mnist_cnn.schema import UserError
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mnist_cnn.command import plain, run_command
-from mnist_cnn.config import CONF, Evaluate, UserError, validated
-from mnist_cnn.runs import guarded, write_csv, write_whole
+from mnist_cnn.config import CONF, Evaluate
+from mnist_cnn.jobs import guarded
+from mnist_cnn.runs import write_csv, write_whole
+from mnist_cnn.schema import UserError, validated
 
 log = logging.getLogger(__name__)
 

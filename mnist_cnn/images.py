@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from mnist_cnn.config import IMAGE_SIZE, UserError
+from mnist_cnn.schema import UserError
+from mnist_cnn.specification import IMAGE_SIZE
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 

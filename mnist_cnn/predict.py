@@ -9,8 +9,9 @@ import hydra
 from omegaconf import DictConfig
 
 from mnist_cnn.command import plain, run_command
-from mnist_cnn.config import CONF, Predict, validated
-from mnist_cnn.runs import guarded
+from mnist_cnn.config import CONF, Predict
+from mnist_cnn.jobs import guarded
+from mnist_cnn.schema import validated
 
 log = logging.getLogger(__name__)
 

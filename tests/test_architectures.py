@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mnist_cnn.architectures import ConvNet, summary
-from mnist_cnn.config import UserError
+from mnist_cnn.schema import UserError
 
 
 def shipped(name):

@@ -14,8 +14,8 @@ import torchvision
 from conftest import REPOSITORY
 
 from mnist_cnn import datasets
-from mnist_cnn.config import UserError
 from mnist_cnn.datamodule import MNISTDataModule
+from mnist_cnn.schema import UserError
 
 
 def ready(**settings):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from mnist_cnn import load_classifier
-from mnist_cnn.config import UserError
 from mnist_cnn.datamodule import MNISTDataModule
 from mnist_cnn.datasets import load
 from mnist_cnn.metrics import score, wilson_interval
+from mnist_cnn.schema import UserError
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from conftest import ARCHITECTURES, CONF, TUTORIALS
 
 import mnist_cnn
 from mnist_cnn.checkpoint import read_checkpoint
-from mnist_cnn.config import UserError
+from mnist_cnn.schema import UserError
 
 QUICK = ("data=digits", "epochs=1", "plots=false", "architecture=conv10")
 METRICS = {

@@ -1,0 +1,218 @@
+"""A run, from its configuration to its figures: what mnist-train does once its settings are known to be right."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from mnist_cnn.architectures import ConvNet, summary
+from mnist_cnn.checkpoint import FORMAT, Classifier, find_device, load_classifier, read_checkpoint, rebuild
+from mnist_cnn.classifier import DigitClassifier, Row
+from mnist_cnn.config import Train
+from mnist_cnn.datamodule import MNISTDataModule
+from mnist_cnn.metrics import Scores, score
+from mnist_cnn.progress import bars, epoch_line, quiet
+from mnist_cnn.runs import describe_run, resumed, versions, write_csv, write_whole
+from mnist_cnn.schema import UserError
+from mnist_cnn.targets import made, tried
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, float | int | None]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Mapping[str, Any] = NOTHING) -> Metrics:
+    """A whole run in `folder`: data, network, epochs, one test, figures and pictures."""
+    if config.resume:
+        config, finished = resumed(config, folder, overrides)
+        if finished:
+            log.info("%s has finished already: nothing was changed", folder)
+            return finished
+    elif (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is another run's folder: choose another, or continue that run by resume={folder}")
+    quiet()
+    device = find_device(config.accelerator.name)
+    if config.accelerator.threads:
+        torch.set_num_threads(config.accelerator.threads)
+    torch.manual_seed(config.seed)
+
+    data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
+    data.setup()
+    network, config = first_network(config, data, overrides)
+    log.info("%s", data.shapes())
+    log.info("%s", summary(network.specification, len(data.classes)))
+    classifier = classifier_for(config, network, data, folder)
+    trainer = trainer_for(config, data, folder, device)
+    describe_run(folder, config, overrides, choices)
+
+    last = folder / "checkpoints" / "last.ckpt"
+    continued = last if config.resume and last.exists() else None
+    earlier = sum(row["seconds"] for row in read_checkpoint(last)[1].history) if continued else 0.0
+    start = time.perf_counter()
+    with stoppable(folder):
+        trainer.fit(classifier, datamodule=data, ckpt_path=continued, weights_only=True)
+    seconds = earlier + time.perf_counter() - start
+
+    # The test set is looked at once, through the checkpoint that the user keeps.
+    best = load_classifier(folder / "checkpoints" / "best.ckpt", device.type)
+    logits = best.logits(data.test.images)
+    scores = score(logits, data.test.labels)
+    metrics = metrics_of(best, scores, len(classifier.history), seconds)
+    for logger in trainer.loggers:
+        logger.log_metrics({"test/loss": scores.loss, "test/accuracy": scores.accuracy}, trainer.global_step)
+        logger.finalize("success")
+    if config.plots:
+        draw(folder / "plots", best, data, classifier.history, logits.argmax(1), scores)
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    log.info("%s", scores.headline("test"))
+    log.info("%s", folder)
+    return metrics
+
+
+def first_network(config: Train, data: MNISTDataModule, overrides: Sequence[str]) -> tuple[ConvNet, Train]:
+    """The network before its first step, and the configuration with the architecture that it really has."""
+    if not config.initialize:
+        network = ConvNet(config.architecture, len(data.classes), data.mean, data.standard_deviation)
+    else:
+        # The weights were trained on digits normalised by their own figures, so those stay.
+        network, description = rebuild(config.initialize)
+        asked = [word for word in overrides if word.lstrip("+").startswith(("architecture", "experiment"))]
+        if asked and description.architecture != config.architecture:
+            raise UserError(
+                f"{' '.join(asked)} is not the architecture of initialize={config.initialize}; "
+                "leave it out: the checkpoint brings its own"
+            )
+        config = config.model_copy(update={"architecture": description.architecture})
+        if description.classes != data.classes:
+            network.new_logits(len(data.classes))
+    if config.freeze == "blocks":
+        network.blocks.requires_grad_(False)
+    return network, config
+
+
+def classifier_for(config: Train, network: ConvNet, data: MNISTDataModule, folder: Path) -> DigitClassifier:
+    """The LightningModule of a run, its optimizer and schedule tried before training starts."""
+    make_optimizer = made(config.optimizer, "optimizer")
+    make_scheduler = made(config.schedule.scheduler, "schedule.scheduler")
+    trial = tried(make_optimizer, "optimizer", [p for p in network.parameters() if p.requires_grad])
+    length = config.schedule.length
+    tried(make_scheduler, "schedule.scheduler", trial, **({length: 10} if length else {}))
+    where = config.data.model_dump(include={"name", "validation", "validation_from", "normalization"})
+
+    def report(history: list[Row]) -> None:
+        write_csv(folder / "metrics.csv", history)
+        log.info("%s", epoch_line(history[-1], config.epochs))
+
+    return DigitClassifier(
+        network,
+        make_optimizer,
+        make_scheduler,
+        config.schedule.interval,
+        config.schedule.length,
+        config.seed,
+        {
+            "format": FORMAT,
+            "architecture": config.architecture.model_dump(),
+            "classes": data.classes,
+            "data": {**where, "seed": config.seed},
+            "versions": versions(),
+        },
+        report,
+    )
+
+
+def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torch.device) -> pl.Trainer:
+    """Lightning's Trainer, with nothing in it that costs time each step."""
+    validated = len(data.validation.labels) > 0
+    checkpoints = ModelCheckpoint(
+        folder / "checkpoints",
+        filename="best",
+        monitor="val/accuracy" if validated and config.selection == "best" else None,
+        mode="max",
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    return pl.Trainer(
+        accelerator=device.type,
+        devices=1,
+        precision=config.accelerator.precision,
+        max_epochs=config.epochs,
+        logger=made(config.logger, "logger") if config.logger else False,
+        callbacks=[checkpoints, *bars(config.epochs)],
+        limit_val_batches=None if validated else 0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came while the network trained."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+@contextmanager
+def stoppable(folder: Path) -> Iterator[None]:
+    """SIGINT and SIGTERM end the run with the line that continues it, and status 130 or 143."""
+
+    def stop(signum: int, _: Any) -> None:
+        raise Stopped(signum)
+
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        yield
+    except Stopped as stopped:
+        name = signal.Signals(stopped.signum).name
+        log.error("stopped by %s; continue with: mnist-train resume=%s", name, folder)
+        raise SystemExit(128 + stopped.signum) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def metrics_of(best: Classifier, scores: Scores, epochs: int, seconds: float) -> Metrics:
+    """What metrics.json holds: the figures of the tested epoch, as its checkpoint has them, and of the test."""
+    tested = best.description.history[-1]
+    keys = [f"{part}/{figure}" for part in ("train", "val") for figure in ("loss", "accuracy")]
+    return {
+        "parameters": best.network.parameter_count(),
+        "epochs": epochs,
+        "tested_epoch": int(tested["epoch"]),
+        "fit_seconds": seconds,
+        **{key: tested.get(key) for key in keys},
+        "test/loss": scores.loss,
+        "test/accuracy": scores.accuracy,
+    }
+
+
+def draw(
+    folder: Path, best: Classifier, data: MNISTDataModule, history: list[Row], predicted: Tensor, scores: Scores
+) -> None:
+    """A run's pictures."""
+    from mnist_cnn import plots
+
+    plots.training_digits(data.train.images, data.train.labels, data.classes, data.seed, folder / "training_digits.png")
+    plots.learning_curves(history, folder / "learning_curves.png")
+    plots.first_kernels(best.network, folder / "first_kernels.png")
+    label = data.classes[int(data.test.labels[0])]
+    plots.feature_maps(best.network, data.test.images[0], label, folder)
+    plots.results(folder, data.test.images, data.test.labels, predicted, scores, data.classes)

@@ -1,0 +1,149 @@
+"""Jobs as Hydra runs them: refused before a folder is made, guarded while they work, listed after a sweep."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from mnist_cnn.command import in_one_line, plain, refuse
+from mnist_cnn.config import Evaluate, Predict, Train
+from mnist_cnn.runs import read_run, write_csv, write_whole
+from mnist_cnn.schema import Strict, UserError, validated
+
+log = logging.getLogger(__name__)
+
+SCHEMAS: dict[str, type[Strict]] = {"train": Train, "evaluate": Evaluate, "predict": Predict}
+_claimed: set[Path] = set()  # folders that this process made for itself
+
+
+class RunFolder(Callback):
+    """Hydra's hooks around a command: refuse bad input before a folder is made, claim it, list a sweep's jobs."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            name = config.hydra.job.config_name
+            settings = validated(SCHEMAS[name], plain_job(config))
+            if isinstance(settings, Train) and settings.resume:
+                folder = Path(settings.resume)
+                read_run(folder)
+                # Hydra's own record of the first start stays as it is.
+                set_hydra(config, folder, output_subdir=None)
+            elif config.hydra.output_subdir is not None and not chosen(config, "hydra.run.dir"):
+                set_hydra(config, claim(Path(config.hydra.run.dir)))
+        except (UserError, OSError, OmegaConfBaseException) as error:
+            refuse(in_one_line(error, config.hydra.job.config_name))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if not chosen(config, "hydra.sweep.dir"):
+            with read_write(config.hydra):
+                config.hydra.sweep.dir = str(claim(Path(config.hydra.sweep.dir)))
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        jobs = sorted(folder.glob("*_*/.hydra"), key=lambda job: int(job.parent.name.split("_")[0]))
+        rows = [job_row(job.parent) for job in jobs]
+        if not rows or config.hydra.job.config_name != "train":
+            return
+        # Best first by validation; a sweep without validation stays in the order of its jobs.
+        rows.sort(key=lambda row: -(row["val/accuracy"] or 0.0))
+        write_csv(folder / "results.csv", rows)
+        log.info("%s\n%s", results_table(rows), folder / "results.csv")
+        if any(row["error"] for row in rows):
+            raise SystemExit(1)
+
+
+def plain_job(config: DictConfig, folder: Path = Path()) -> dict[str, Any]:
+    """The job's part of a composed configuration, resolved for a run in `folder`, without Hydra's own part."""
+    previous = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        runtime: Any = HydraConfig.get().runtime
+        with read_write(runtime):
+            runtime.output_dir = str(folder)
+        return plain(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    finally:
+        HydraConfig.instance().cfg = previous
+
+
+def chosen(config: DictConfig, key: str) -> bool:
+    return any(override.lstrip("+").startswith(f"{key}=") for override in config.hydra.overrides.hydra)
+
+
+def set_hydra(config: DictConfig, folder: Path, **settings: Any) -> None:
+    with read_write(config.hydra):
+        config.hydra.run.dir = str(folder)
+        for key, value in settings.items():
+            config.hydra[key] = value
+
+
+def claim(folder: Path) -> Path:
+    """Make the folder, or the first free of `folder_2`, `folder_3`…, when runs start in the same second."""
+    for number in count(1):
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        try:
+            candidate.mkdir(parents=True)
+            _claimed.add(candidate.absolute())
+            return candidate
+        except FileExistsError:
+            if not candidate.is_dir():
+                raise
+    raise AssertionError
+
+
+def job_row(folder: Path) -> dict[str, Any]:
+    """A line of a sweep's results.csv."""
+    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+    metrics: dict[str, Any] = {}
+    reason = ""
+    if (folder / "metrics.json").is_file():
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    else:
+        error = folder / "error.txt"
+        reason = error.read_text(encoding="utf-8").strip() if error.is_file() else "did not finish"
+    keys = ("val/accuracy", "test/accuracy", "fit_seconds")
+    figures = {key: metrics.get(key) for key in keys}
+    return {"job": folder.name, "overrides": " ".join(overrides), **figures, "error": reason}
+
+
+def results_table(rows: list[dict[str, Any]]) -> str:
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2%}"
+
+    width = max(len("overrides"), *(len(row["overrides"]) for row in rows))
+    lines = [f"{'overrides':<{width}}  validation     test  seconds"]
+    for row in rows:
+        seconds = "–" if row["fit_seconds"] is None else f"{row['fit_seconds']:.1f}"
+        figures = f"{percent(row['val/accuracy']):>10} {percent(row['test/accuracy']):>8} {seconds:>8}"
+        lines.append(f"{row['overrides']:<{width}}  {figures}{'  failed: ' + row['error'] if row['error'] else ''}")
+    return "\n".join(lines)
+
+
+def guarded(work: Callable[[], Any], folder: Path) -> Any:
+    """A job's failures as the contract has them; in a sweep they are reported and the other jobs go on."""
+    try:
+        return work()
+    except UserError as error:
+        status, reason = 2, str(error)
+    except OSError as error:
+        status, reason = 1, in_one_line(error, "train")
+    reason = " ".join(reason.split())
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        log.error("error: job %s: %s", folder.name, reason)
+        write_whole(folder / "error.txt", reason + "\n")
+        return None
+    log.error("error: %s", reason)
+    if folder in _claimed and not (folder / "config.yaml").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # nothing was begun
+    raise SystemExit(status)

@@ -1,0 +1,59 @@
+"""What every configuration and specification is made of: strict models, and one-line errors. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+
+class UserError(Exception):
+    """Something that the user can mend: one line that says what was wrong, what was expected, what to do."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean …?"` for the known word that looks most like `word`, or nothing where none does."""
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def explain(error: ValidationError, within: str = "") -> str:
+    """The first of pydantic's findings as one line in the words of the command line."""
+    finding = error.errors()[0]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in finding["loc"])
+    key = (within + key).lstrip(".")
+    if finding["type"] == "missing":
+        return f"{key} is missing"
+    message = finding["msg"].removeprefix("Value error, ")
+    if not finding["msg"].startswith("Input should"):
+        return message if key == "" or message.startswith(("architecture", key)) else f"{key}: {message}"
+    return f"{key}={finding['input']!r}: must be {message.removeprefix('Input should be ')}"
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversions, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            for key in value:
+                if key not in cls.model_fields:
+                    known = nearest(str(key), cls.model_fields) or f"; known here: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"unknown key {key}{known}")
+        return value
+
+
+Schema = TypeVar("Schema", bound=Strict)
+
+
+def validated(schema: type[Schema], config: Mapping[str, Any]) -> Schema:
+    """`config` as `schema`, or a UserError that names the key, the value and what was expected."""
+    try:
+        return schema.model_validate(dict(config))
+    except ValidationError as error:
+        raise UserError(explain(error)) from None
