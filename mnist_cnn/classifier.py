@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from mnist_cnn.architectures import ConvNet
+from mnist_cnn.schema import RunError
 
 Row = dict[str, float]
 Batch = tuple[Tensor, Tensor]
@@ -109,9 +111,15 @@ class DigitClassifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         trained = self._figures("train")
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        if not math.isfinite(trained["train/loss"]):
+            raise RunError(
+                f"the loss of epoch {self.current_epoch + 1} is not finite, at learning rate {rate:g}: "
+                "try a smaller optimizer.lr; the checkpoints are those of the epoch before"
+            )
         self.log_dict(trained)
         row: Row = {"epoch": self.current_epoch + 1, "step": self.global_step, **trained, **self._validated}
-        row["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        row["learning_rate"] = rate
         row["seconds"] = time.perf_counter() - self.started
         self.history.append(row)
         if self.report:

@@ -26,6 +26,9 @@ OmegaConf.register_new_resolver(
 )
 
 
+PATHS = {"checkpoint", "images", "initialize", "resume", "data.root", "hydra.run.dir", "hydra.sweep.dir"}
+
+
 class Console(logging.StreamHandler[TextIO]):
     """What a user reads on stdout, what went wrong on stderr."""
 
@@ -88,7 +91,8 @@ def _literal_paths(arguments: list[str]) -> list[str]:
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and re.search(r"[^\w./+:-]", value) and not key.startswith("-") and Path(value).exists():
+        odd = key in PATHS or re.search(r"[^\w./+:-]", value)
+        if equals and odd and not key.startswith("-") and value and Path(value).exists():
             escaped = value.replace("\\", "\\\\").replace("'", "\\'")
             argument = f"{key}='{escaped}'"
         quoted.append(argument)

@@ -123,7 +123,8 @@ class MNISTDataModule(pl.LightningDataModule):
         lines = [f"data {self.data_name}"]
         lines += [f"  {name:<11}{tuple(part.images.shape)!s:<21} uint8" for name, part in parts.items()]
         named = ", ".join(f"{name}: {count:,}" for name, count in zip(self.classes, counts, strict=True))
-        return "\n".join([*lines, f"  training digits of each class  {named}"])
+        first = f"  first training digit: {self.classes[int(self.train.labels[0])]}"
+        return "\n".join([*lines, first, f"  training digits of each class  {named}"])
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled by (seed, epoch) alone, so that a resumed run sees the same order."""

@@ -44,7 +44,7 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
     trained_on = classifier.description.data
     name = trained_on.name if config.data.name == "as_trained" else config.data.name
     held_out = trained_on.model_dump(include={"validation", "validation_from", "seed"})
-    data = MNISTDataModule(name, config.data.root, **held_out)
+    data = MNISTDataModule(name, config.data.root, **(held_out if config.split == "validation" else {"validation": 0}))
     data.setup()
     if len(classifier.classes) != len(data.classes):
         raise UserError(f"{name} has {len(data.classes)} classes, the checkpoint {len(classifier.classes)}")

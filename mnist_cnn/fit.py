@@ -52,16 +52,16 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
 
     data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
     data.setup()
-    network, config = first_network(config, data, overrides)
+    last = folder / "checkpoints" / "last.ckpt"
+    continued = last if config.resume and last.exists() else None
+    network, config = first_network(config, data, overrides, continued)
     log.info("%s", data.shapes())
     log.info("%s", summary(network.specification, len(data.classes)))
     classifier = classifier_for(config, network, data, folder)
     trainer = trainer_for(config, data, folder, device)
     describe_run(folder, config, overrides, choices)
 
-    last = folder / "checkpoints" / "last.ckpt"
-    continued = last if config.resume and last.exists() else None
-    earlier = sum(row["seconds"] for row in read_checkpoint(last)[1].history) if continued else 0.0
+    earlier = sum(row["seconds"] for row in read_checkpoint(continued)[1].history) if continued else 0.0
     start = time.perf_counter()
     with stoppable(folder):
         trainer.fit(classifier, datamodule=data, ckpt_path=continued, weights_only=True)
@@ -83,9 +83,11 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
     return metrics
 
 
-def first_network(config: Train, data: MNISTDataModule, overrides: Sequence[str]) -> tuple[ConvNet, Train]:
+def first_network(
+    config: Train, data: MNISTDataModule, overrides: Sequence[str], continued: Path | None
+) -> tuple[ConvNet, Train]:
     """The network before its first step, and the configuration with the architecture that it really has."""
-    if not config.initialize:
+    if continued or not config.initialize:  # a continued run has its weights from its own last checkpoint
         network = ConvNet(config.architecture, len(data.classes), data.mean, data.standard_deviation)
     else:
         # The weights were trained on digits normalised by their own figures, so those stay.

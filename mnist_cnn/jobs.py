@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_cnn.command import in_one_line, plain, refuse
 from mnist_cnn.config import Evaluate, Predict, Train
 from mnist_cnn.runs import read_run, write_csv, write_whole
-from mnist_cnn.schema import Strict, UserError, validated
+from mnist_cnn.schema import RunError, Strict, UserError, validated
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +136,8 @@ def guarded(work: Callable[[], Any], folder: Path) -> Any:
         return work()
     except UserError as error:
         status, reason = 2, str(error)
+    except RunError as error:
+        status, reason = 1, str(error)
     except OSError as error:
         status, reason = 1, in_one_line(error, "train")
     reason = " ".join(reason.split())

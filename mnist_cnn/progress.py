@@ -21,6 +21,7 @@ class ProgressBar(pl.Callback):
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
+        self.bar = tqdm(disable=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, classifier: pl.LightningModule) -> None:
         title = f"epoch {trainer.current_epoch + 1}/{self.epochs}"
@@ -56,7 +57,7 @@ def epoch_line(row: Row, epochs: int) -> str:
 
 
 def quiet() -> None:
-    """Silence the tips and warnings of Lightning and torch that a user can do nothing about."""
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
+    """Silence the tips and warnings of libraries that a user can do nothing about."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric", "mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torchmetrics|torch)(\.|$)")

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from mnist_cnn.config import Train
+from mnist_cnn.config import CONF, Train
 from mnist_cnn.schema import UserError, validated
 
 PACKAGES = ("mnist-cnn", "torch", "torchvision", "pytorch-lightning", "hydra-core")
@@ -46,6 +46,8 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The checkout's commit, with `+` where files differ from it; None outside a checkout."""
+    if CONF.parent == Path(__file__).parent:
+        return None  # installed from a wheel: the checkout around it, if any, is not this package's
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -96,7 +98,8 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
     """
     stored, _ = read_run(folder)
     ours, theirs = stored.model_dump(), config.model_dump()
-    free = ("resume", "plots", "epochs", "accelerator", "logger", "data.root")
+    theirs["data"]["root"] = ours["data"]["root"]  # the files are the same wherever they lie
+    free = ("resume", "plots", "epochs", "accelerator")
     named = [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in overrides]
     if "experiment" in named:
         named += [key for key in ours if key not in ("initialize", "freeze")]
@@ -117,5 +120,7 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
     metrics = json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else {}
     moved = "data.root" in named or not Path(stored.data.root).is_dir()
     data = stored.data.model_copy(update={"root": config.data.root if moved else stored.data.root})
-    update = {"resume": config.resume, "epochs": epochs, "data": data, "plots": config.plots}
+    update: dict[str, Any] = {"resume": config.resume, "epochs": epochs, "data": data, "plots": config.plots}
+    if any(key.startswith("accelerator") for key in named):
+        update["accelerator"] = config.accelerator
     return stored.model_copy(update=update), metrics if epochs == stored.epochs else {}

@@ -13,6 +13,10 @@ class UserError(Exception):
     """Something that the user can mend: one line that says what was wrong, what was expected, what to do."""
 
 
+class RunError(Exception):
+    """The settings were right and the work failed all the same: one line, exit status 1."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean …?"` for the known word that looks most like `word`, or nothing where none does."""
     close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)

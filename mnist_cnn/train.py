@@ -67,7 +67,7 @@ def train(config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:
         settings = validated(Train, plain_job(composed, folder))  # loggers write into the folder
         from mnist_cnn.fit import fit
 
-        return fit(settings, folder, overrides, composed.hydra.runtime.choices)
+        return fit(settings, folder, overrides, {} if isinstance(config, Mapping) else composed.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(in_one_line(error, "train")) from None
     finally:

@@ -7,6 +7,7 @@ import logging
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -238,6 +239,21 @@ def test_an_interrupted_run_continues_to_the_weights_of_an_undisturbed_one(run, 
     ]
     assert rows[0] == rows[1]
     assert (folder / "config.yaml").read_bytes() == config
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run):
+    ended = run("mnist-train", *QUICK, "optimizer=sgd", "optimizer.lr=1e30")
+    assert ended.status == 1
+    assert "loss of epoch 1 is not finite" in ended.err
+    assert "optimizer.lr" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_resuming_needs_no_checkpoint_that_the_run_began_from(run, trained, tmp_path):
+    shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path / "start.ckpt")
+    folder = run("mnist-train", *QUICK[:3], "initialize=start.ckpt").folder()
+    (tmp_path / "start.ckpt").unlink()
+    assert run("mnist-train", f"resume={folder}", "epochs=2").status == 0
 
 
 def test_resuming_a_finished_run_changes_nothing(run):
