@@ -94,6 +94,7 @@ class DigitClassifier(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.started = time.perf_counter()
+        self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # at the epoch's first step
         torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
         if not any(parameter.requires_grad for parameter in self.network.blocks.parameters()):
             self.network.blocks.eval()  # frozen: neither dropout nor batch norm's statistics move
@@ -111,15 +112,14 @@ class DigitClassifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         trained = self._figures("train")
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        if not math.isfinite(trained["train/loss"]):
+        if not all(map(math.isfinite, (trained | self._validated).values())):
             raise RunError(
-                f"the loss of epoch {self.current_epoch + 1} is not finite, at learning rate {rate:g}: "
-                "try a smaller optimizer.lr; the checkpoints are those of the epoch before"
+                f"the loss of epoch {self.current_epoch + 1} is not finite, at learning rate {self.rate:g}: "
+                "try a smaller optimizer.lr; no checkpoint of this epoch was written"
             )
         self.log_dict(trained)
         row: Row = {"epoch": self.current_epoch + 1, "step": self.global_step, **trained, **self._validated}
-        row["learning_rate"] = rate
+        row["learning_rate"] = self.rate
         row["seconds"] = time.perf_counter() - self.started
         self.history.append(row)
         if self.report:

@@ -6,23 +6,22 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.config import CONF
 from mnist_cnn.schema import UserError, nearest
 
 # Folder names come from overrides: keep them to characters that need no quoting in a shell or in Hydra.
 OmegaConf.register_new_resolver(
-    "folder_name", lambda text: re.sub(r"[^\w.+-]+", "-", str(text)).strip("-")[:100], replace=True
+    "folder_name", lambda text: re.sub(r"[^\w.+-]+", "-", str(text)).strip("-")[:180], replace=True
 )
 
 
@@ -35,6 +34,13 @@ class Console(logging.StreamHandler[TextIO]):
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A reader that has gone, such as `head`, ends the output and not the work."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        else:
+            super().handleError(record)
 
 
 def refuse(reason: object) -> NoReturn:
@@ -77,7 +83,7 @@ def in_one_line(error: Exception, config_name: str) -> str:
     ):
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             known = _leaves(hydra.compose(config_name))
-        return f"unknown key {match[1]}{nearest(match[1], known)}"
+        return f"unknown key {match[1]}{'' if match[1].startswith('hydra') else nearest(match[1], known)}"
     if match := re.match(r"(?:Missing mandatory value|Structured config of type.*): (\S+)", text):
         return f"{match[1]} is missing; give {match[1]}=…"
     first = text.strip().splitlines()
@@ -92,7 +98,7 @@ def _literal_paths(arguments: list[str]) -> list[str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         odd = key in PATHS or re.search(r"[^\w./+:-]", value)
-        if equals and odd and not key.startswith("-") and value and Path(value).exists():
+        if equals and odd and not key.startswith("-") and value and os.path.exists(value):  # noqa: PTH110
             escaped = value.replace("\\", "\\\\").replace("'", "\\'")
             argument = f"{key}='{escaped}'"
         quoted.append(argument)
@@ -102,7 +108,9 @@ def _literal_paths(arguments: list[str]) -> list[str]:
 def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     """Run a `@hydra.main` task as a command: `task` ends by SystemExit or returns for status 0."""
     words = _literal_paths(sys.argv[1:])
-    known, unknown = get_args_parser().parse_known_intermixed_args(words)
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    known, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         refuse(f"unknown flag {unknown[0]}; settings are written without dashes, such as {name}=…")
@@ -113,8 +121,10 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         task()
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        if traceback_wanted:
+    except Exception as error:
+        # What fails before the job begins is the command line or a YAML of the user's.
+        in_job = any(frame.name == "run_job" for frame in traceback.extract_tb(error.__traceback__))
+        if traceback_wanted or (in_job and not isinstance(error, UserError | OSError)):
             raise
         GlobalHydra.instance().clear()
         refuse(in_one_line(error, config_name))

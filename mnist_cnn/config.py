@@ -15,6 +15,9 @@ from mnist_cnn.specification import Architecture
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if p.is_dir())
 
 
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
 def _finite(value: Any, key: str = "") -> Any:
     """Refuse NaN and infinite numbers at any depth; they would train to nothing."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -55,7 +58,7 @@ Share = Annotated[int | float, BeforeValidator(_share)]
 
 class Data(Strict):
     name: Literal["mnist", "fashion_mnist", "kmnist", "digits"]
-    root: str = Field(min_length=1)
+    root: NonEmpty
     batch_size: int = Field(ge=1, le=60_000)
     validation: Share
     validation_from: Literal["last", "random"]
@@ -65,7 +68,7 @@ class Data(Strict):
 class Accelerator(Strict):
     name: Literal["cpu", "cuda", "auto"]
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
 
 
 class Train(Strict):
@@ -80,8 +83,8 @@ class Train(Strict):
     seed: int = Field(ge=0, lt=2**32)
     epochs: int = Field(ge=1, le=100_000)
     selection: Literal["best", "last"]
-    resume: str | None
-    initialize: str | None
+    resume: NonEmpty | None
+    initialize: NonEmpty | None
     freeze: Literal["blocks"] | None
     plots: bool
 
@@ -91,9 +94,9 @@ class Evaluate(Strict):
 
     class Source(Strict):
         name: Literal["as_trained", "mnist", "fashion_mnist", "kmnist", "digits"]
-        root: str = Field(min_length=1)
+        root: NonEmpty
 
-    checkpoint: str
+    checkpoint: NonEmpty
     split: Literal["test", "validation"]
     data: Source
     accelerator: Accelerator
@@ -112,8 +115,8 @@ class Evaluate(Strict):
 class Predict(Strict):
     """The configuration of mnist-predict; conf/predict.yaml describes each key."""
 
-    checkpoint: str
-    images: list[str]
+    checkpoint: NonEmpty
+    images: list[NonEmpty] = Field(min_length=1)
     accelerator: Accelerator
 
     @field_validator("images", mode="before")

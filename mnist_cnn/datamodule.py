@@ -106,10 +106,10 @@ class MNISTDataModule(pl.LightningDataModule):
             raise UserError(f"data.validation={share} leaves no training digit; {self.data_name} has {total:,}")
         if count == 0 or self.validation_from == "last":
             return torch.arange(total - count, total)
-        if count < len(self.classes):
+        if not len(self.classes) <= count <= total - len(self.classes):
             raise UserError(
-                f"data.validation={share} is {count} digits; a random stratified part needs one of each class, "
-                f"at least {len(self.classes)}"
+                f"data.validation={share} is {count} of {total:,} digits; a random stratified part takes one of each "
+                f"class at least, and leaves one: {len(self.classes)} to {total - len(self.classes):,}"
             )
         from sklearn.model_selection import train_test_split
 

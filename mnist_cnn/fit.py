@@ -25,7 +25,7 @@ from mnist_cnn.config import Train
 from mnist_cnn.datamodule import MNISTDataModule
 from mnist_cnn.metrics import Scores, score
 from mnist_cnn.progress import bars, epoch_line, quiet
-from mnist_cnn.runs import describe_run, resumed, versions, write_csv, write_whole
+from mnist_cnn.runs import describe_run, refuse_occupied, resumed, versions, write_csv, write_whole
 from mnist_cnn.schema import UserError
 from mnist_cnn.targets import made, tried
 
@@ -42,8 +42,8 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
         if finished:
             log.info("%s has finished already: nothing was changed", folder)
             return finished
-    elif (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is another run's folder: choose another, or continue that run by resume={folder}")
+    else:
+        refuse_occupied(folder)
     quiet()
     device = find_device(config.accelerator.name)
     if config.accelerator.threads:
@@ -98,7 +98,21 @@ def first_network(
                 f"{' '.join(asked)} is not the architecture of initialize={config.initialize}; "
                 "leave it out: the checkpoint brings its own"
             )
-        config = config.model_copy(update={"architecture": description.architecture})
+        figures = description.data.normalization
+        if config.data.normalization != figures and any("data.normalization" in word for word in overrides):
+            raise UserError(
+                f"data.normalization={config.data.normalization}: initialize={config.initialize} was trained with "
+                f"{figures}; leave it out: the checkpoint brings its own"
+            )
+        seen = description.data.model_dump(exclude={"normalization"})
+        wanted = {**config.data.model_dump(include=set(seen)), "seed": config.seed}
+        if data.data_name == seen["name"] and config.data.validation and wanted != seen:
+            log.warning("warning: %s was trained on some of these validation digits", config.initialize)
+        own = {
+            "architecture": description.architecture,
+            "data": config.data.model_copy(update={"normalization": figures}),
+        }
+        config = config.model_copy(update=own)
         if description.classes != data.classes:
             network.new_logits(len(data.classes))
     if config.freeze == "blocks":
@@ -137,10 +151,22 @@ def classifier_for(config: Train, network: ConvNet, data: MNISTDataModule, folde
     )
 
 
+class BestAndLast(ModelCheckpoint):
+    """Lightning's checkpoints, whose bookkeeping survives that a run's folder is moved or renamed."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+
+
 def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torch.device) -> pl.Trainer:
     """Lightning's Trainer, with nothing in it that costs time each step."""
     validated = len(data.validation.labels) > 0
-    checkpoints = ModelCheckpoint(
+    checkpoints = BestAndLast(
         folder / "checkpoints",
         filename="best",
         monitor="val/accuracy" if validated and config.selection == "best" else None,

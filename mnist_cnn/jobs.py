@@ -10,8 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -19,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.command import in_one_line, plain, refuse
 from mnist_cnn.config import Evaluate, Predict, Train
-from mnist_cnn.runs import read_run, write_csv, write_whole
+from mnist_cnn.runs import read_run, refuse_occupied, write_csv, write_whole
 from mnist_cnn.schema import RunError, Strict, UserError, validated
 
 log = logging.getLogger(__name__)
@@ -40,20 +43,28 @@ class RunFolder(Callback):
                 read_run(folder)
                 # Hydra's own record of the first start stays as it is.
                 set_hydra(config, folder, output_subdir=None)
-            elif config.hydra.output_subdir is not None and not chosen(config, "hydra.run.dir"):
-                set_hydra(config, claim(Path(config.hydra.run.dir)))
+            elif config.hydra.output_subdir is not None:
+                set_hydra(config, claim(Path(config.hydra.run.dir), chosen(config, "hydra.run.dir")))
         except (UserError, OSError, OmegaConfBaseException) as error:
             refuse(in_one_line(error, config.hydra.job.config_name))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        if not chosen(config, "hydra.sweep.dir"):
+        name = config.hydra.job.config_name
+        try:
+            for job in planned_jobs(config):
+                composed = hydra.compose(name, job, return_hydra_config=True)
+                settings = validated(SCHEMAS[name], plain_job(composed))
+                if isinstance(settings, Train) and settings.resume:
+                    raise UserError("resume continues one run: leave out -m")
             with read_write(config.hydra):
-                config.hydra.sweep.dir = str(claim(Path(config.hydra.sweep.dir)))
+                folder = claim(Path(config.hydra.sweep.dir), chosen(config, "hydra.sweep.dir"))
+                config.hydra.sweep.dir = str(folder)
+        except (UserError, OSError, OmegaConfBaseException) as error:
+            refuse(in_one_line(error, name))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        jobs = sorted(folder.glob("*_*/.hydra"), key=lambda job: int(job.parent.name.split("_")[0]))
-        rows = [job_row(job.parent) for job in jobs]
+        rows = [job_row(job.parent) for job in sorted(folder.glob("*/.hydra"), key=lambda job: number(job.parent))]
         if not rows or config.hydra.job.config_name != "train":
             return
         # Best first by validation; a sweep without validation stays in the order of its jobs.
@@ -88,10 +99,26 @@ def set_hydra(config: DictConfig, folder: Path, **settings: Any) -> None:
             config.hydra[key] = value
 
 
-def claim(folder: Path) -> Path:
-    """Make the folder, or the first free of `folder_2`, `folder_3`…, when runs start in the same second."""
-    for number in count(1):
-        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+def planned_jobs(config: DictConfig) -> list[list[str]]:
+    """The overrides of every job of Hydra's own sweeper; another one plans its jobs as it goes."""
+    if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
+        return []
+    swept = (config.hydra.sweeper.params or {}).items()
+    words = [*(f"{key}={value}" for key, value in swept), *config.hydra.overrides.task]
+    batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
+    return [list(job) for batch in batches for job in batch]
+
+
+def claim(folder: Path, by_user: bool = False) -> Path:
+    """Make a folder: the user's, which must hold no run, or else the first free of `folder`, `folder_2`, `folder_3`…
+
+    Raises:
+        UserError: the user's folder holds a run or a sweep already.
+    """
+    if by_user and folder == Path():
+        raise UserError("hydra.run.dir is empty: name a folder")
+    for attempt in count(1):
+        candidate = folder if attempt == 1 else folder.with_name(f"{folder.name}_{attempt}")
         try:
             candidate.mkdir(parents=True)
             _claimed.add(candidate.absolute())
@@ -99,7 +126,22 @@ def claim(folder: Path) -> Path:
         except FileExistsError:
             if not candidate.is_dir():
                 raise
+            if by_user:
+                refuse_occupied(candidate)
+                return candidate
     raise AssertionError
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that this process made for itself and began nothing in."""
+    if folder.absolute() in _claimed and not (folder / "config.yaml").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def number(job: Path) -> tuple[float, str]:
+    """Where a job stands in its sweep: by the number that its folder's name begins with."""
+    first = job.name.split("_")[0]
+    return (int(first) if first.isdigit() else float("inf"), job.name)
 
 
 def job_row(folder: Path) -> dict[str, Any]:
@@ -146,6 +188,5 @@ def guarded(work: Callable[[], Any], folder: Path) -> Any:
         write_whole(folder / "error.txt", reason + "\n")
         return None
     log.error("error: %s", reason)
-    if folder in _claimed and not (folder / "config.yaml").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # nothing was begun
+    discard(folder)
     raise SystemExit(status)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
@@ -35,6 +36,7 @@ def _grid(title: str, images: Any, labels: Sequence[str], columns: int, path: Pa
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         left, top = (number % columns) * (width + gap_x), (number // columns) * (height + gap_y)
         axes.imshow(image, extent=(left, left + width, top + height, top), interpolation="nearest", **style)
+        axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="0.8", linewidth=0.5))
         axes.text(left + width / 2, top - 0.03 * height, label, ha="center", va="bottom", fontsize=8)
     axes.set(xlim=(-gap_x, columns * (width + gap_x)), ylim=(rows * (height + gap_y), -gap_y), aspect="equal")
     axes.set_axis_off()
@@ -66,7 +68,7 @@ def learning_curves(history: list[dict[str, float]], path: Path) -> None:
             ylabel="cross entropy" if figure_name == "loss" else figure_name,
             title=figure_name,
         )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
         if figure_name == "accuracy":
@@ -140,6 +142,6 @@ def feature_maps(network: ConvNet, image: Tensor, label: str, folder: Path) -> N
             x = block(x)
             maps = x[0, :64].float().cpu().numpy()
             size = "×".join(map(str, maps.shape[1:]))
-            title = f"Feature maps of block {number} for a digit labelled {label} ({x.shape[1]} filters of {size})"
+            title = f"Feature maps of block {number} for a digit labelled {label} ({x.shape[1]} maps of {size})"
             names = [f"filter {index}" for index in range(len(maps))]
             _grid(title, list(maps), names, 8, folder / f"feature_maps_{number}.png", cmap="gray_r", vmin=0)

@@ -90,23 +90,30 @@ def read_run(folder: Path) -> tuple[Train, dict[str, Any]]:
     return validated(Train, content), run
 
 
+def refuse_occupied(folder: Path) -> None:
+    """Raise UserError where a run or a sweep has been written already."""
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is another run's folder: choose another, or continue that run by resume={folder}")
+    if (folder / "results.csv").exists() or any(folder.glob("*/.hydra")):
+        raise UserError(f"{folder} is another sweep's folder: choose another")
+
+
 def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Train, dict[str, Any]]:
     """The run's own configuration to continue with, and its metrics where it has finished.
 
     Raises:
         UserError: an override differs from what the run began with; only `epochs` may grow.
     """
-    stored, _ = read_run(folder)
+    stored, run = read_run(folder)
     ours, theirs = stored.model_dump(), config.model_dump()
-    theirs["data"]["root"] = ours["data"]["root"]  # the files are the same wherever they lie
-    free = ("resume", "plots", "epochs", "accelerator")
     named = [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in overrides]
-    if "experiment" in named:
-        named += [key for key in ours if key not in ("initialize", "freeze")]
-    for key in named:
-        if key.startswith(free) or key == "experiment":
+    for word, key in zip(overrides, named, strict=True):
+        if key.startswith(("resume", "plots", "epochs", "accelerator", "data.root")):
             continue
-        was, asked = (OmegaConf.select(OmegaConf.create(settings), key) for settings in (ours, theirs))
+        if key in run["choices"]:
+            was, asked = run["choices"][key], word.partition("=")[2]
+        else:
+            was, asked = (OmegaConf.select(OmegaConf.create(settings), key) for settings in (ours, theirs))
         if was != asked:
             raise UserError(
                 f"resume={folder}: the run has {key}={was}, not {asked}; leave {key} out or start a new run"
@@ -123,4 +130,4 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
     update: dict[str, Any] = {"resume": config.resume, "epochs": epochs, "data": data, "plots": config.plots}
     if any(key.startswith("accelerator") for key in named):
         update["accelerator"] = config.accelerator
-    return stored.model_copy(update=update), metrics if epochs == stored.epochs else {}
+    return stored.model_copy(update=update), metrics if metrics.get("epochs", 0) >= epochs else {}

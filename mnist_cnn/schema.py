@@ -30,6 +30,8 @@ def explain(error: ValidationError, within: str = "") -> str:
     key = (within + key).lstrip(".")
     if finding["type"] == "missing":
         return f"{key} is missing"
+    if finding["type"] in ("string_too_short", "too_short"):
+        return f"{key} is empty"
     message = finding["msg"].removeprefix("Value error, ")
     if not finding["msg"].startswith("Input should"):
         return message if key == "" or message.startswith(("architecture", key)) else f"{key}: {message}"

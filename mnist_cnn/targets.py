@@ -40,7 +40,11 @@ def tried(make: Callable[..., Any], key: str, *arguments: Any, **length: int) ->
         if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             raise UserError(f"unknown key {key}.{name} for {function.__name__}{nearest(name, known)}")
     try:
-        return make(*arguments, **length)
+        thing = make(*arguments, **length)
+        for stepped in (*arguments, thing):  # without gradients an optimizer changes nothing
+            if hasattr(stepped, "step"):
+                stepped.step()
+        return thing
     except Exception as error:  # each of torch's optimizers has its own
         shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         raise UserError(f"{key}: {function.__name__} refuses {shown}: {error}") from None

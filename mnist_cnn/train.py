@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.command import in_one_line, plain, run_command
 from mnist_cnn.config import CONF, Train
-from mnist_cnn.jobs import claim, guarded, plain_job
+from mnist_cnn.jobs import claim, discard, guarded, plain_job
 from mnist_cnn.schema import UserError, validated
 
 if TYPE_CHECKING:
@@ -53,22 +53,28 @@ def train(config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:
     Raises:
         UserError: a setting, a file or a device is wrong; the message is one line.
     """
-    overrides = [] if isinstance(config, Mapping) else [str(override) for override in config]
+    words = [config] if isinstance(config, str) else config
+    overrides = [] if isinstance(words, Mapping) else [str(override) for override in words]
+    folder: Path | None = None
     previous = HydraConfig.instance().cfg
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("train", overrides, return_hydra_config=True)
         if isinstance(config, Mapping):
-            whole = OmegaConf.merge({"hydra": composed.hydra}, dict(config))
+            settings_alone = {key: value for key, value in config.items() if key != "run"}  # config.yaml's record
+            whole = OmegaConf.merge({"hydra": composed.hydra}, settings_alone)
             assert isinstance(whole, DictConfig)
             composed = whole
         settings = validated(Train, plain_job(composed))
-        folder = Path(settings.resume) if settings.resume else claim(Path(composed.hydra.run.dir)).absolute()
+        by_user = any(word.startswith("hydra.run.dir=") for word in overrides)
+        folder = Path(settings.resume or claim(Path(composed.hydra.run.dir), by_user)).absolute()
         settings = validated(Train, plain_job(composed, folder))  # loggers write into the folder
         from mnist_cnn.fit import fit
 
         return fit(settings, folder, overrides, {} if isinstance(config, Mapping) else composed.hydra.runtime.choices)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if folder:
+            discard(folder)
         raise UserError(in_one_line(error, "train")) from None
     finally:
         HydraConfig.instance().cfg = previous

@@ -75,6 +75,17 @@ SETTINGS = [
     (["initialize=nowhere"], ["checkpoint nowhere does not exist"]),
     (["resume=nowhere"], ["nowhere", "not a run's folder"]),
     (["hydra.run.dir=/dev/null/run"], ["/dev/null/run"]),
+    (["schedule=exponential", "schedule.scheduler.gamma=abc"], ["schedule.scheduler", "ExponentialLR", "abc"]),
+    (["optimizer.betas=[0.9]"], ["optimizer", "Adam"]),
+    (["optimizer=null"], ["group override must be a string"]),
+    (["accelerator.threads=100000"], ["accelerator.threads=100000", "less than or equal to 1024"]),
+    (["data.validation=1436", "data.validation_from=random"], ["data.validation=1436", "10 to 1,427"]),
+    (["resume="], ["resume is empty"]),
+    (["initialize="], ["initialize is empty"]),
+    (["data.root="], ["data.root is empty"]),
+    (["hydra.run.dir="], ["hydra.run.dir is empty"]),
+    (["--cfg", "nope"], ["--cfg", "nope"]),
+    (["architecture.blocks=[" + ",".join(["{filters:8,kernel:3,dropout:0.1,padding:1}"] * 9) + ",3]"], ["block 10"]),
     (["logger=tensorbord"], ["logger=tensorbord", "did you mean tensorboard"]),
 ]
 

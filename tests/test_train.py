@@ -192,12 +192,34 @@ def test_a_sweep_ends_with_a_table_best_first_by_validation(run, tmp_path):
 
 
 def test_a_failing_job_is_reported_and_the_others_go_on(run, tmp_path):
-    ended = run("mnist-train", "-m", *QUICK, "epochs=-1,1")
+    ended = run("mnist-train", "-m", *QUICK, "initialize=nowhere,null")
     assert ended.status == 1
-    assert "epochs=-1: must be greater than or equal to 1" in ended.err
+    assert "checkpoint nowhere does not exist" in ended.err
     assert "Traceback" not in ended.err
     rows = list(csv.DictReader(next(tmp_path.glob("outputs/multirun/*/results.csv")).open()))
     assert [bool(row["error"]) for row in rows] == [False, True]
+    assert "failed: checkpoint nowhere" in ended.out
+
+
+@pytest.mark.parametrize(
+    "words", [("epochs=1,-1",), ("epochs=-1", "seed=1,2"), ("resume=a,b",), ("seed=1,2", "data.x=3")]
+)
+def test_a_sweep_with_a_wrong_setting_is_refused_before_any_training(run, tmp_path, words):
+    ended = run("mnist-train", "-m", *QUICK, *words)
+    assert ended.status == 2
+    assert len(ended.err.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_sweeps_folder_is_not_used_twice_and_its_jobs_may_be_named_otherwise(run, tmp_path):
+    sweep = ("mnist-train", "-m", *QUICK, "seed=1,2", "hydra.sweep.dir=swept", "hydra.sweep.subdir=s${hydra.job.num}")
+    assert run(*sweep).status == 0
+    table = (tmp_path / "swept" / "results.csv").read_bytes()
+    assert table.count(b"seed=") == 2
+    ended = run(*sweep)
+    assert ended.status == 2
+    assert "swept is another sweep's folder" in ended.err
+    assert (tmp_path / "swept" / "results.csv").read_bytes() == table
 
 
 def test_a_job_of_a_sweep_is_the_job_alone(run, tmp_path):
@@ -241,6 +263,59 @@ def test_an_interrupted_run_continues_to_the_weights_of_an_undisturbed_one(run, 
     assert (folder / "config.yaml").read_bytes() == config
 
 
+def test_a_finished_run_that_grows_and_is_interrupted_continues(run, tmp_path):
+    folder = run("mnist-train", *QUICK).folder()
+    command = [sys.executable, "-m", "mnist_cnn.train", f"resume={folder}", "epochs=300"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and (folder / "metrics.csv").read_text().count("\n") < 4:
+            time.sleep(0.01)
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 143
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**recorded, "epochs": 5}))  # 300 would take too long here
+    assert run("mnist-train", f"resume={folder}", "epochs=30").status == 0
+    assert metrics(folder)["epochs"] == 30
+
+
+def test_a_moved_run_keeps_its_best_checkpoint(run, tmp_path):
+    grown = ("data=digits", "plots=false", "optimizer.lr=0.003")
+    run("mnist-train", *grown, "epochs=5", "hydra.run.dir=a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    run("mnist-train", "resume=b", "epochs=7")
+    run("mnist-train", *grown, "epochs=7", "hydra.run.dir=whole")
+    moved, whole = metrics(tmp_path / "b"), metrics(tmp_path / "whole")
+    assert moved["tested_epoch"] == whole["tested_epoch"]
+    assert same(weights(tmp_path / "b"), weights(tmp_path / "whole"))
+
+
+def test_the_learning_rate_is_that_of_its_epoch(run):
+    folder = run("mnist-train", *QUICK, "schedule=exponential", "epochs=3").folder()
+    rates = [float(row["learning_rate"]) for row in csv.DictReader((folder / "metrics.csv").open())]
+    assert rates == pytest.approx([0.001, 0.0007, 0.00049])
+
+
+def test_initialize_keeps_the_normalisation_of_its_weights(run, tmp_path):
+    run("mnist-train", *QUICK, "data.normalization=standard", "hydra.run.dir=standard")
+    folder = run("mnist-train", *QUICK[:3], "initialize=standard").folder()
+    assert read_checkpoint(folder)[1].data.normalization == "standard"
+    ended = run("mnist-train", *QUICK[:3], "initialize=standard", "data.normalization=unit")
+    assert (ended.status, "trained with standard" in ended.err) == (2, True)
+
+
+def test_validation_digits_that_were_trained_on_before_are_warned_of(run, tmp_path):
+    run("mnist-train", *QUICK, "data.validation=0", "hydra.run.dir=all")
+    assert "was trained on some of these validation digits" in run("mnist-train", *QUICK[:3], "initialize=all").err
+    assert run("mnist-train", *QUICK[:3], "initialize=all", "data.validation=0").err == ""
+
+
+def test_the_reader_of_the_output_may_go(tmp_path):
+    command = f"{sys.executable} -m mnist_cnn.train {' '.join(QUICK)} hydra.run.dir=run | head -1"
+    ended = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert metrics(tmp_path / "run")
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(run):
     ended = run("mnist-train", *QUICK, "optimizer=sgd", "optimizer.lr=1e30")
     assert ended.status == 1
@@ -280,9 +355,11 @@ def test_epochs_may_grow_and_other_settings_may_not_change(run):
 
 def test_another_runs_folder_is_never_written_to(run):
     folder = run("mnist-train", *QUICK).folder()
-    ended = run("mnist-train", *QUICK, f"hydra.run.dir={folder}")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    ended = run("mnist-train", *QUICK, "seed=9", f"hydra.run.dir={folder}")
     assert ended.status == 2
     assert f"resume={folder}" in ended.err
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_initialize_brings_network_and_weights(run, trained):
