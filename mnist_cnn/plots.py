@@ -142,6 +142,7 @@ def feature_maps(network: ConvNet, image: Tensor, label: str, folder: Path) -> N
             x = block(x)
             maps = x[0, :64].float().cpu().numpy()
             size = "×".join(map(str, maps.shape[1:]))
-            title = f"Feature maps of block {number} for a digit labelled {label} ({x.shape[1]} maps of {size})"
+            shown = f"{len(maps)} maps" if len(maps) == x.shape[1] else f"the first {len(maps)} of {x.shape[1]} maps"
+            title = f"Feature maps of block {number} for a digit labelled {label} ({shown} of {size})"
             names = [f"filter {index}" for index in range(len(maps))]
             _grid(title, list(maps), names, 8, folder / f"feature_maps_{number}.png", cmap="gray_r", vmin=0)
