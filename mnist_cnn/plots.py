@@ -118,6 +118,15 @@ def results(
     incorrect_digits(images, labels, predicted, classes, folder / "incorrect_digits.png")
 
 
+def predictions(pictures: Sequence[tuple[Any, Any, str]], path: Path) -> None:
+    """Each picture (112, 112, 3) beside the digit (28, 28) that the network saw, under its label and probability."""
+    pairs = [
+        np.concatenate([picture, np.repeat(np.kron(255 - digit, np.ones((4, 4), np.uint8))[..., None], 3, 2)], axis=1)
+        for picture, digit, _ in pictures
+    ]
+    _grid("Pictures, and what the network saw of them", pairs, [name for *_, name in pictures], 4, path)
+
+
 def first_kernels(network: ConvNet, path: Path) -> None:
     """The learned kernels of the first convolution; blue is negative, red positive."""
     convolution = next((m for m in network.modules() if isinstance(m, torch.nn.Conv2d)), None)
