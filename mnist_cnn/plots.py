@@ -25,7 +25,7 @@ def _save(figure: Figure, path: Path) -> None:
 def _grid(title: str, images: Any, labels: Sequence[str], columns: int, path: Path, **style: Any) -> None:
     """Pictures in rows, each under its label: one image of them all, as an axes a picture takes seconds to lay out."""
     lines = max([label.count("\n") + 1 for label in labels], default=1)
-    height, width = np.shape(images[0]) if len(images) else (28, 28)
+    height, width = np.shape(images[0])[:2] if len(images) else (28, 28)
     inches = 1.0  # of one picture
     gap_x, gap_y = 0.15 * width, (0.08 + 0.17 * lines) * height / inches
     rows = max(1, -(-len(images) // columns))
