@@ -154,8 +154,9 @@ def _along_one_colour(difference: Ink) -> tuple[Ink, float]:
 
 def _evened(ink: Ink) -> Ink:
     """Ink without the shadows, which are broader than any stroke, and without the paper's noise."""
-    size = max(3, round(0.35 * min(ink.shape)))
-    ink = ink - ndimage.grey_opening(ndimage.uniform_filter(ink, 3), size)
+    if min(ink.shape) >= 48:  # in a smaller picture strokes are as broad as shadows
+        size = round(0.35 * min(ink.shape))
+        ink = ink - ndimage.grey_opening(ndimage.uniform_filter(ink, 3), size)
     floor = float(np.median(ink))
     noise = 1.4826 * float(np.median(np.abs(ink - floor)))
     floor += min(2 * noise, 0.3)
