@@ -16,6 +16,7 @@ WORKING_SIZE = (
 )
 CONTRAST = 10.0  # the least difference of ink and paper, of 255
 SMALLEST = 8  # pixels of a digit's longer side, the soft edges included
+DARKEST = 30  # of 255: below it a paper's light is not to be told from noise
 EVEN = 3  # levels by which even paper may differ, as after JPEG
 LEVEL = 0.35  # of full ink: what counts as a stroke
 COHERENCE = 0.3  # correlation of neighbours among strokes and paper: of noise 0, of a digit 0.5 and more
@@ -83,6 +84,8 @@ def _ink_of(pixels: Ink) -> Ink:
     """Pixels (H, W, channels) to ink 0–1 (H, W), zero wherever there is none of the digit."""
     paper, flat = _paper(pixels)
     difference = pixels - paper
+    if not flat:  # light multiplies: what the shaded ink lacks in contrast is given back to it
+        difference *= paper.mean() / np.maximum(paper, DARKEST)
     ink, contrast = _along_one_colour(difference)
     if contrast < CONTRAST:
         raise UserError(BLANK)
