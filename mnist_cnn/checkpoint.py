@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -16,7 +18,8 @@ from mnist_cnn.config import Share
 from mnist_cnn.schema import Strict, UserError, validated
 from mnist_cnn.specification import Architecture
 
-FORMAT = 1
+FORMAT = 2  # 2 brought the temperature; 1 is read as well
+MAXIMUM_DESCRIPTION = 16 * 2**20  # bytes of what is not weights
 
 
 class TrainedOn(Strict):
@@ -36,42 +39,15 @@ class Description(Strict):
     architecture: Architecture
     classes: list[str] = Field(min_length=2, max_length=1000)
     data: TrainedOn
-    versions: dict[str, str]
-    history: list[dict[str, float]] = Field(default_factory=list)
-
-
-class Classifier:
-    """A trained network, ready to classify; made by `load_classifier`."""
-
-    def __init__(self, network: ConvNet, description: Description, device: torch.device) -> None:
-        self.network = network.to(device).eval()
-        self.description = description
-        self.device = device
-
-    @property
-    def classes(self) -> list[str]:
-        return self.description.classes
-
-    @torch.inference_mode()
-    def logits(self, images: Tensor, batch_size: int = 500) -> Tensor:
-        """Images uint8 (N, 1, 28, 28) in MNIST's form to logits float32 (N, classes) on the CPU."""
-        parts = [self.network(part.to(self.device)).float().cpu() for part in images.split(batch_size)]
-        return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
-
-    def probabilities(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Images uint8 (H, W), (N, H, W) or (N, 1, H, W) of 28×28 to probabilities float32 (N, classes)."""
-        digits = torch.as_tensor(np.array(images) if isinstance(images, np.ndarray) else images)
-        if digits.shape[-2:] != (28, 28) or digits.dtype != torch.uint8:
-            raise UserError(f"images have shape {tuple(digits.shape)}, {digits.dtype}: expected uint8 (N, 28, 28)")
-        return torch.softmax(self.logits(digits.reshape(-1, 1, 28, 28)), dim=1).numpy()
-
-    def predict(self, images: Tensor | NDArray[np.uint8]) -> list[str]:
-        """The most probable class of each image, by name; images as for `probabilities`."""
-        return [self.classes[index] for index in self.probabilities(images).argmax(1)]
+    versions: dict[str, str] = Field(max_length=100)
+    history: list[Annotated[dict[str, float], Field(max_length=50)]] = Field(default_factory=list, max_length=100_000)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)  # the logits are divided by it (Guo et al., 2017)
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """A `.ckpt` file as it is, or the best checkpoint of a run's folder."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(f"checkpoint={path} is an address: nothing is fetched; download the file and give its path")
     path = Path(path)
     if path.is_dir():
         best = path / "checkpoints" / "best.ckpt"
@@ -91,7 +67,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Description]:
     """
     path = find_checkpoint(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_bombs(path)
+        # Mapped, a storage cannot be longer than the file, whatever the file says of it.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except MemoryError:
         raise
     except Exception as error:  # torch.load has no one error for a bad file
@@ -100,36 +78,76 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Description]:
         raise UserError(f"{path} is not a whole checkpoint of this package and was not loaded ({reason})") from None
     if not isinstance(content, dict) or not isinstance(content.get("mnist_cnn"), dict) or "state_dict" not in content:
         raise UserError(f"{path} comes from another program: it has no description of an mnist_cnn network")
-    found = content["mnist_cnn"].get("format")
-    if found != FORMAT:
-        raise UserError(f"{path} has format {found!r}; this version reads format {FORMAT}: install a newer mnist-cnn")
+    return content, described(path, content["mnist_cnn"])
+
+
+def described(path: str | Path, content: Any) -> Description:
+    """What a file says of its network, validated."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is not int or not 1 <= found <= FORMAT:
+        newer = type(found) is int and found > FORMAT
+        remedy = f"install a newer mnist-cnn, one that reads format {found}" if newer else "it is no such file"
+        raise UserError(f"{path} has format {found!r:.40}; this version reads formats 1 to {FORMAT}: {remedy}")
     try:
-        return content, validated(Description, content["mnist_cnn"])
-    except UserError as error:
-        raise UserError(f"{path} describes no network that can be built: {error}") from None
+        return validated(Description, content)
+    except (UserError, RecursionError) as error:
+        raise UserError(f"{path} describes no network that can be built: {error!s:.300}") from None
+
+
+def _refuse_bombs(path: Path) -> None:
+    """What torch writes is a zip with everything stored as it is; a file that would swell is none of ours."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise UserError("it is compressed, as torch never writes it")
+    if len(records) > 10_000 or sum(record.file_size for record in records) > path.stat().st_size:
+        raise UserError("its records are larger than the file")
+    if any(r.file_size > MAXIMUM_DESCRIPTION for r in records if not re.search(r"/data/\d+$", r.filename)):
+        raise UserError("its description is too large")
 
 
 def rebuild(path: str | Path) -> tuple[ConvNet, Description]:
     """The network that a checkpoint describes, with its weights and normalisation figures, on the CPU."""
     content, description = read_checkpoint(path)
-    network = ConvNet(description.architecture, len(description.classes))
-    weights = {name.removeprefix("network."): value for name, value in content["state_dict"].items()}
-    try:
-        network.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path}: its weights do not fit the network that it describes ({reason})") from None
-    return network, description
+    return network_of(path, description, content["state_dict"]), description
 
 
-def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
-    """A checkpoint file or a run's folder (its best) to a `Classifier` on `device` (auto, cpu, cuda).
+def save_weights(path: Path, description: Description, state: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint of weights and description; it appears under its name when it is whole."""
+    about = {**description.model_dump(), "format": FORMAT}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save({"state_dict": {name: value.clone() for name, value in state.items()}, "mnist_cnn": about}, temporary)
+    temporary.replace(path)
+
+
+def network_of(path: str | Path, description: Description, state: Any) -> ConvNet:
+    """The network of a description with a file's weights, each checked before memory is taken for it.
 
     Raises:
-        UserError: the checkpoint cannot be read, or there is no such device.
+        UserError: the weights are not those of the network.
     """
-    network, description = rebuild(path)
-    return Classifier(network, description, find_device(device))
+    with torch.device("meta"):  # shapes only
+        network = ConvNet(description.architecture, len(description.classes))
+    expected = network.state_dict()
+    try:
+        weights = {name.removeprefix("network."): value for name, value in state.items()}
+        if missing := sorted(expected.keys() ^ weights.keys()):
+            raise ValueError(f"{missing[0]!s:.100} is missing or too many")
+        for name, like in expected.items():
+            _check_weight(name, weights[name], like)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: its weights do not fit the network that it describes ({error})") from None
+    network.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+    return network.to(memory_format=torch.channels_last)
+
+
+def _check_weight(name: str, value: Any, like: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        raise ValueError(f"{name} is no plain tensor")
+    if value.shape != like.shape or value.dtype != like.dtype:
+        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, expected {like.dtype} {tuple(like.shape)}")
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        raise ValueError(f"{name} has less data than its shape says")
 
 
 def find_device(name: str) -> torch.device:

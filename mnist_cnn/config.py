@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from mnist_cnn.schema import Strict
 from mnist_cnn.specification import Architecture
@@ -89,6 +89,22 @@ class Train(Strict):
     plots: bool
 
 
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+OneOrMany = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_many), Field(min_length=1)]
+
+
+def _ending(key: str, *endings: str) -> AfterValidator:
+    def check(path: str | None) -> str | None:
+        if path is not None and Path(path).suffix not in endings:
+            raise ValueError(f"{key}={path}: must end in {' or '.join(endings)}")
+        return path
+
+    return AfterValidator(check)
+
+
 class Evaluate(Strict):
     """The configuration of mnist-evaluate; conf/evaluate.yaml describes each key."""
 
@@ -96,12 +112,23 @@ class Evaluate(Strict):
         name: Literal["as_trained", "mnist", "fashion_mnist", "kmnist", "digits"]
         root: NonEmpty
 
-    checkpoint: NonEmpty
+    checkpoint: OneOrMany
     split: Literal["test", "validation"]
+    calibrate: bool
     data: Source
     accelerator: Accelerator
     probabilities: list[Annotated[int, Field(ge=0)]]
     plots: bool
+
+    @model_validator(mode="after")
+    def _calibrated_on_validation(self) -> Evaluate:
+        if self.calibrate and self.split != "validation":
+            raise ValueError("calibrate=true fits on the digits held out: give split=validation")
+        if self.calibrate and (
+            len(self.checkpoint) > 1 or Path(self.checkpoint[0]).suffix in (".onnx", ".safetensors")
+        ):
+            raise ValueError("calibrate=true writes into one checkpoint: give one .ckpt file or a run's folder")
+        return self
 
     @field_validator("data", mode="before")
     @classmethod
@@ -115,11 +142,41 @@ class Evaluate(Strict):
 class Predict(Strict):
     """The configuration of mnist-predict; conf/predict.yaml describes each key."""
 
-    checkpoint: NonEmpty
-    images: list[NonEmpty] = Field(min_length=1)
+    checkpoint: OneOrMany
+    images: OneOrMany
+    input: Literal["paths", "bytes"]
+    mode: Literal["any", "exact"]
+    output: Annotated[str | None, _ending("output", ".csv", ".json", ".jsonl", ".parquet")]
+    top_k: int = Field(ge=0, le=10)
+    grid: Annotated[str | None, _ending("grid", ".png")]
+    skip_errors: bool
     accelerator: Accelerator
 
-    @field_validator("images", mode="before")
-    @classmethod
-    def _one_or_many(cls, images: Any) -> Any:
-        return [images] if isinstance(images, str) else images
+    @model_validator(mode="after")
+    def _bytes_of_one(self) -> Predict:
+        if self.input == "bytes" and self.images != ["-"]:
+            raise ValueError("input=bytes reads one picture from standard input: give images=-")
+        return self
+
+
+class Export(Strict):
+    """The configuration of mnist-export; conf/export.yaml describes each key."""
+
+    checkpoint: str
+    format: Literal["onnx", "torch_export", "safetensors"]
+    output: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _named_after_its_format(self) -> Export:
+        ending = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}[self.format]
+        if Path(self.output).suffix != ending:
+            raise ValueError(f"output={self.output}: must end in {ending} for format={self.format}")
+        return self
+
+
+class Import(Strict):
+    """The configuration of mnist-import; conf/import.yaml describes each key."""
+
+    keras: Annotated[str, _ending("keras", ".h5", ".hdf5", ".keras")]
+    output: Annotated[str, _ending("output", ".ckpt")]
+    divide_by_255: bool

@@ -19,10 +19,11 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from mnist_cnn.architectures import ConvNet, summary
-from mnist_cnn.checkpoint import FORMAT, Classifier, find_device, load_classifier, read_checkpoint, rebuild
+from mnist_cnn.checkpoint import FORMAT, find_device, read_checkpoint, rebuild
 from mnist_cnn.classifier import DigitClassifier, Row
 from mnist_cnn.config import Train
 from mnist_cnn.datamodule import MNISTDataModule
+from mnist_cnn.inference import Classifier, load_classifier
 from mnist_cnn.metrics import Scores, score
 from mnist_cnn.progress import bars, epoch_line, quiet
 from mnist_cnn.runs import describe_run, refuse_occupied, resumed, versions, write_csv, write_whole

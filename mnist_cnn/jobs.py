@@ -21,13 +21,19 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.command import in_one_line, plain, refuse
-from mnist_cnn.config import Evaluate, Predict, Train
+from mnist_cnn.config import Evaluate, Export, Import, Predict, Train
 from mnist_cnn.runs import read_run, refuse_occupied, write_csv, write_whole
 from mnist_cnn.schema import RunError, Strict, UserError, validated
 
 log = logging.getLogger(__name__)
 
-SCHEMAS: dict[str, type[Strict]] = {"train": Train, "evaluate": Evaluate, "predict": Predict}
+SCHEMAS: dict[str, type[Strict]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "export": Export,
+    "import": Import,
+}
 _claimed: set[Path] = set()  # folders that this process made for itself
 
 

@@ -23,14 +23,15 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _grid(title: str, images: Any, labels: Sequence[str], columns: int, path: Path, **style: Any) -> None:
-    """Pictures in rows, each under its label: one image of them all, as an axes a picture takes seconds to lay out."""
+def _grid(
+    title: str, images: Any, labels: Sequence[str], columns: int, path: Path, inches: float = 1.0, **style: Any
+) -> None:
+    """Pictures `inches` wide, each under its label: one image, as an axes a picture takes seconds to lay out."""
     lines = max([label.count("\n") + 1 for label in labels], default=1)
-    height, width = np.shape(images[0]) if len(images) else (28, 28)
-    inches = 1.0  # of one picture
-    gap_x, gap_y = 0.15 * width, (0.08 + 0.17 * lines) * height / inches
+    height, width = np.shape(images[0])[:2] if len(images) else (28, 28)
+    gap_x, gap_y = 0.15 * width, (0.08 + 0.17 * lines) * width / inches
     rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(max(columns * inches * 1.15, 5.5), rows * inches * (1 + gap_y / height) + 0.6))
+    figure = Figure(figsize=(max(columns * inches * 1.15, 5.5), rows * inches * (height + gap_y) / width + 0.6))
     figure.suptitle(title, y=1 - 0.15 / figure.get_figheight(), va="top", fontsize=11)
     axes = figure.add_axes((0.01, 0.01, 0.98, 1 - 0.5 / figure.get_figheight()))
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -43,7 +44,7 @@ def _grid(title: str, images: Any, labels: Sequence[str], columns: int, path: Pa
     _save(figure, path)
 
 
-INK = {"cmap": "gray_r", "vmin": 0, "vmax": 255}
+INK: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 255}
 
 
 def training_digits(images: Tensor, labels: Tensor, classes: list[str], seed: int, path: Path) -> None:
@@ -118,6 +119,15 @@ def results(
     title = f"Confusion matrix, {len(labels):,} digits, accuracy {scores.accuracy:.2%}"
     confusion_matrix(scores.confusion, classes, title, folder / "confusion_matrix.png")
     incorrect_digits(images, labels, predicted, classes, folder / "incorrect_digits.png")
+
+
+def predictions(pictures: Sequence[tuple[Any, Any, str]], path: Path) -> None:
+    """Each picture (112, 112, 3) beside the digit (28, 28) that the network saw, under its label and probability."""
+    pairs = [
+        np.concatenate([picture, np.repeat(np.kron(255 - digit, np.ones((4, 4), np.uint8))[..., None], 3, 2)], axis=1)
+        for picture, digit, _ in pictures
+    ]
+    _grid("Pictures, and what the network saw of them", pairs, [name for *_, name in pictures], 4, path, inches=1.8)
 
 
 def first_kernels(network: ConvNet, path: Path) -> None:

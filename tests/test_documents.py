@@ -51,7 +51,7 @@ def test_the_python_lines_of_the_readme_run(trained, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1].replace("outputs/train/<run>", str(trained))
-    names = {"images": np.zeros((4, 28, 28), np.uint8)}
+    names = {"images": np.full((4, 28, 28), 9, np.uint8)}
     exec(code, names)
     assert names["metrics"]["epochs"] == 3
 

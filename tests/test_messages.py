@@ -216,10 +216,11 @@ def test_predict_refuses_what_is_no_picture(run, tmp_path, trained, digit):
     checkpoint = f"checkpoint={trained}"
     said(run("mnist-predict", checkpoint), "images is missing")
     said(run("mnist-predict", checkpoint, "images=none.png"), "none.png does not exist")
-    said(run("mnist-predict", checkpoint, "images=text.png"), "text.png is not a picture")
-    said(run("mnist-predict", checkpoint, "images=cut.png"), "cut.png is not a picture")
-    said(run("mnist-predict", checkpoint, "images=small.png"), "small.png is 20×30", "28×28")
     said(run("mnist-predict", checkpoint, "images=empty"), "empty holds no picture")
+    said(run("mnist-predict", checkpoint, "images=text.png"), "text.png is not a picture", status=1)
+    said(run("mnist-predict", checkpoint, "images=cut.png"), "cut.png is not a picture", status=1)
+    said(run("mnist-predict", checkpoint, "images=small.png"), "small.png", "blank", status=1)
+    said(run("mnist-predict", checkpoint, "images=small.png", "mode=exact"), "small.png is 20×30", "28×28", status=1)
 
 
 def test_a_run_whose_config_was_damaged_is_not_resumed(run, trained, tmp_path):

@@ -1,0 +1,261 @@
+"""Keras's layers and weights, as its files have them, in terms of `ConvNet`. Imports neither Keras nor torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mnist_cnn.schema import UserError, validated
+from mnist_cnn.specification import IMAGE_SIZE, Architecture
+
+Array = NDArray[np.float32]
+EPSILON = 1e-5  # of torch's batch norm
+
+
+class Converted(NamedTuple):
+    specification: Architecture
+    classes: int
+    mean: float
+    standard_deviation: float
+    weights: dict[str, Array]  # by ConvNet's names, in torch's shapes
+
+
+class Layer(NamedTuple):
+    """`group` is where its weights are in a .keras file: the class in snake case and a number."""
+
+    kind: str
+    name: str
+    group: str
+    settings: dict[str, Any]
+
+
+def converted(model: dict[str, Any], weights: Any, divide_by_255: bool) -> Converted:
+    """A model's JSON and its h5 weights to a network.
+
+    Raises:
+        UserError: a layer is none of ConvNet's, or stands where ConvNet has none; the message names it.
+    """
+    reader = Reader(weights, divide_by_255)
+    for layer in _layers(model):
+        reader.take(layer)
+    return reader.finish()
+
+
+def _layers(model: dict[str, Any]) -> list[Layer]:
+    if model.get("class_name") not in ("Sequential", "Functional", "Model"):
+        raise UserError(f"a {model.get('class_name')!r:.60} model: expected Sequential, or Functional in one line")
+    counts: dict[str, int] = {}
+    found: list[Layer] = []
+    for raw in model["config"]["layers"]:
+        kind, settings = str(raw["class_name"]), raw["config"]
+        name = str(settings.get("name", kind))
+        if (inbound := raw.get("inbound_nodes")) and found:
+            # The first of [name, node, tensor] is the layer before, in Keras 2 and 3.
+            before = set(re.findall(r'\["([^"]+)", \d+, \d+', json.dumps(inbound)))
+            if before != {found[-1].name}:
+                raise UserError(f"layer {name} ({kind}) does not follow the layer before it alone")
+        snake = re.sub(r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", kind)).lower()
+        counts[snake] = counts.get(snake, -1) + 1
+        group = f"layers/{snake}" + (f"_{counts[snake]}" if counts[snake] else "")
+        found.append(Layer(kind, name, group, settings))
+    return found
+
+
+class Reader:
+    """Takes the layers in order; `stage` says what may follow: blocks, dense, then the end."""
+
+    def __init__(self, weights: Any, divide_by_255: bool) -> None:
+        self.file = weights
+        self.blocks: list[dict[str, Any]] = []
+        self.dense: list[dict[str, Any]] = []
+        self.weights: dict[str, Array] = {}
+        self.mean, self.standard_deviation = 0.0, 255.0 if divide_by_255 else 1.0
+        self.stage, self.channels = "blocks", 1
+        self.linear = False  # the last convolution or dense layer waits for its relu
+
+    def take(self, layer: Layer) -> None:
+        handler = getattr(self, f"_take_{layer.kind}", None)
+        if handler is None:
+            raise UserError(f"layer {layer.name} is a {layer.kind:.60}, which ConvNet cannot express; it was not run")
+        if self.stage == "end" and layer.kind not in ("Activation", "Softmax"):
+            self._refuse(layer, "stands after the output")
+        if layer.settings.get("data_format") == "channels_first":
+            self._refuse(layer, "has data_format channels_first")
+        handler(layer)
+
+    def _refuse(self, layer: Layer, reason: str) -> None:
+        raise UserError(f"layer {layer.name} ({layer.kind}) {reason}, which ConvNet cannot express")
+
+    def _only(self, layer: Layer, **expected: Any) -> None:
+        for key, value in expected.items():
+            found = layer.settings.get(key, value)
+            if (list(found) if isinstance(found, list | tuple) else found) != value:
+                self._refuse(layer, f"has {key}={found!r:.60}")
+
+    def _square(self, layer: Layer, key: str) -> int:
+        value = layer.settings[key]
+        sizes = [value] * 2 if isinstance(value, int) else list(value)
+        if len(sizes) != 2 or sizes[0] != sizes[1] or type(sizes[0]) is not int:
+            self._refuse(layer, f"has {key}={value!r:.60}")
+        return int(sizes[0])
+
+    def _take_InputLayer(self, layer: Layer) -> None:  # noqa: N802 — Keras's name
+        shape = layer.settings.get("batch_shape") or layer.settings.get("batch_input_shape")
+        if shape and list(shape)[1:] not in ([IMAGE_SIZE, IMAGE_SIZE, 1], [IMAGE_SIZE, IMAGE_SIZE], [IMAGE_SIZE**2]):
+            self._refuse(layer, f"has the shape {shape!r:.60}")
+
+    def _take_Reshape(self, layer: Layer) -> None:  # noqa: N802
+        if self.blocks or self.stage != "blocks":
+            self._refuse(layer, "stands after the first layer")
+        self._only(layer, target_shape=[IMAGE_SIZE, IMAGE_SIZE, 1])
+
+    def _take_Rescaling(self, layer: Layer) -> None:  # noqa: N802
+        scale, offset = layer.settings["scale"], layer.settings["offset"]
+        if self.blocks or self.stage != "blocks" or not all(type(v) in (int, float) for v in (scale, offset)):
+            self._refuse(layer, "is no single scale and offset before the first layer")
+        self.mean, self.standard_deviation = -offset / scale, 1 / scale
+
+    def _take_Conv2D(self, layer: Layer) -> None:  # noqa: N802
+        if self.stage != "blocks":
+            self._refuse(layer, "stands after Flatten")
+        self._settled(layer)
+        self._only(layer, dilation_rate=[1, 1], groups=1, use_bias=True)
+        kernel, stride = self._square(layer, "kernel_size"), self._square(layer, "strides")
+        padding = 0
+        if layer.settings.get("padding") == "same":
+            if stride != 1 or kernel % 2 == 0:
+                self._refuse(layer, "has padding same with an even kernel or a stride")
+            padding = kernel // 2
+        filters = layer.settings["filters"]
+        self.blocks.append({"filters": filters, "kernel": kernel, "stride": stride, "padding": padding})
+        self.linear = self._activation(layer)
+        self._specification()  # refused before its weights are read
+        values, bias = self._read(layer, (kernel, kernel, self.channels, filters), (filters,))
+        name = f"blocks.{len(self.blocks) - 1}.0"
+        self.weights |= {f"{name}.weight": values.transpose(3, 2, 0, 1).copy(), f"{name}.bias": bias}
+        self.channels = filters
+
+    def _take_BatchNormalization(self, layer: Layer) -> None:  # noqa: N802
+        if not self.linear or self.stage != "blocks" or self.blocks[-1].keys() & {"pool", "dropout", "batch_norm"}:
+            self._refuse(layer, "does not stand between a convolution and its relu")
+        self._only(layer, center=True, scale=True)
+        self.blocks[-1]["batch_norm"] = True
+        gamma, beta, mean, variance = self._read(layer, *[(self.channels,)] * 4)
+        name = f"blocks.{len(self.blocks) - 1}.1"
+        variance = (variance + (layer.settings["epsilon"] - EPSILON)).astype(np.float32)
+        parts = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": variance}
+        self.weights |= {f"{name}.{key}": value for key, value in parts.items()}
+
+    def _take_MaxPooling2D(self, layer: Layer) -> None:  # noqa: N802
+        if self.stage != "blocks" or not self.blocks or self.blocks[-1].keys() & {"pool", "dropout"}:
+            self._refuse(layer, "does not follow a convolution")
+        self._only(layer, padding="valid")
+        pool = self._square(layer, "pool_size")
+        if layer.settings.get("strides") is not None and self._square(layer, "strides") != pool:
+            self._refuse(layer, "has strides that are not its pool_size")
+        self.blocks[-1]["pool"] = pool
+
+    def _take_Dropout(self, layer: Layer) -> None:  # noqa: N802
+        last = self.blocks[-1:] if self.stage == "blocks" or not self.dense else self.dense[-1:]
+        if not last or self.linear or "dropout" in last[0]:
+            self._refuse(layer, "does not follow a block or a dense layer")
+        last[0]["dropout"] = float(layer.settings["rate"])
+
+    def _take_Flatten(self, layer: Layer) -> None:  # noqa: N802
+        self._settled(layer)
+        self.stage = "dense"
+
+    def _take_Dense(self, layer: Layer) -> None:  # noqa: N802
+        if self.stage == "blocks" and self.blocks:
+            self._refuse(layer, "stands before Flatten")
+        self._settled(layer)
+        self._only(layer, use_bias=True)
+        units = layer.settings["units"]
+        self.dense.append({"units": units})
+        self.linear = self._activation(layer)
+        self.stage = "end" if layer.settings.get("activation") == "softmax" else "dense"
+        rows = self._specification().layers()
+        features = (
+            self.dense[-2]["units"] if len(self.dense) > 1 else next(r for r in rows if r.name == "flatten").output[0]
+        )
+        values, bias = self._read(layer, (features, units), (units,))
+        name = f"dense.{len(self.dense) - 1}.0"
+        self.weights |= {f"{name}.weight": values.T.copy(), f"{name}.bias": bias}
+
+    def _take_Activation(self, layer: Layer) -> None:  # noqa: N802
+        if layer.settings.get("activation") == "softmax" and self.dense and self.linear:
+            self.stage, self.linear = "end", True
+        elif layer.settings.get("activation") == "relu" and self.linear:
+            self.linear = False
+        else:
+            self._refuse(layer, f"is {layer.settings.get('activation')!r:.60} there")
+
+    def _take_ReLU(self, layer: Layer) -> None:  # noqa: N802
+        self._only(layer, max_value=None, negative_slope=0.0, threshold=0.0)
+        self._take_Activation(layer._replace(settings={"activation": "relu"}))
+
+    def _take_Softmax(self, layer: Layer) -> None:  # noqa: N802
+        self._only(layer, axis=-1)
+        self._take_Activation(layer._replace(settings={"activation": "softmax"}))
+
+    def _activation(self, layer: Layer) -> bool:
+        """Whether the layer's own activation leaves it linear, so that its relu may still come."""
+        activation = layer.settings.get("activation")
+        if activation not in ("relu", "linear", "softmax") or (activation == "softmax" and layer.kind != "Dense"):
+            self._refuse(layer, f"has activation {activation!r:.60}")
+        return activation != "relu"
+
+    def _settled(self, layer: Layer) -> None:
+        if self.linear:
+            self._refuse(layer, "follows a layer without relu")
+
+    def _specification(self) -> Architecture:
+        return validated(Architecture, {"blocks": list(self.blocks), "dense": list(self.dense)})
+
+    def _read(self, layer: Layer, *shapes: tuple[int, ...]) -> list[Array]:
+        """The layer's arrays in Keras's order, their shapes checked before they are read."""
+        datasets = self._datasets(layer)
+        if [tuple(dataset.shape) for dataset in datasets] != list(shapes):
+            found = [tuple(dataset.shape) for dataset in datasets]
+            raise UserError(f"layer {layer.name} has weights of {found!s:.100}, expected {list(shapes)}")
+        return [np.asarray(dataset[()], np.float32) for dataset in datasets]
+
+    def _datasets(self, layer: Layer) -> list[Any]:
+        if "layer_names" in self.file.attrs:  # .h5
+            group = self._inside(self.file, layer.name)
+            names = [name.decode() if isinstance(name, bytes) else str(name) for name in group.attrs["weight_names"]]
+            found = [self._inside(group, name) for name in names]
+        else:  # .keras
+            place = layer.group if layer.group in self.file else f"layers/{layer.name}"
+            variables = self._inside(self.file, f"{place}/vars")
+            found = [self._inside(variables, str(number)) for number in range(len(variables))]
+        for dataset in found:
+            # What lies in other files is not followed.
+            if not hasattr(dataset, "shape") or dataset.is_virtual or dataset.external:
+                raise UserError(f"layer {layer.name} has weights outside this file")
+        return found
+
+    def _inside(self, group: Any, path: str) -> Any:
+        """An object of this file: links to other files are not followed."""
+        import h5py
+
+        for part in path.split("/"):
+            if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+                raise UserError(f"{path:.100} is missing or is a link")
+            group = group[part]
+        return group
+
+    def finish(self) -> Converted:
+        if not self.dense or not self.linear:
+            raise UserError("the model does not end in a Dense layer of softmax or without an activation")
+        last = self.dense.pop()
+        if "dropout" in last:
+            raise UserError("the model ends in Dropout, which ConvNet cannot express")
+        name = f"dense.{len(self.dense)}.0"
+        for part in ("weight", "bias"):
+            self.weights[f"logits.{part}"] = self.weights.pop(f"{name}.{part}")
+        return Converted(self._specification(), last["units"], self.mean, self.standard_deviation, self.weights)

@@ -1,0 +1,251 @@
+"""Files from strangers: nothing in them runs, each ends in one line and status 2, soon and in little memory."""
+
+import io
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from test_messages import said
+
+from mnist_cnn import load_classifier
+from mnist_cnn.schema import UserError
+
+SECONDS, MEBIBYTES = 2, 500
+
+
+class Runs:
+    """A pickle of it would touch the marker."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def changed(trained, change):
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    change(content)
+    return content
+
+
+def with_description(**values):
+    return lambda path, trained, marker: torch.save(changed(trained, lambda c: c["mnist_cnn"].update(values)), path)
+
+
+def pickled(path, trained, marker):
+    torch.save(changed(trained, lambda c: c.update(extra=Runs(marker))), path)
+
+
+def pickled_alone(path, trained, marker):
+    path.write_bytes(pickle.dumps({"state_dict": Runs(marker)}))
+
+
+def legacy(path, trained, marker):
+    torch.save({"state_dict": Runs(marker)}, path, _use_new_zipfile_serialization=False)
+
+
+def hyperparameters(path, trained, marker):
+    call = {"_target_": "os.system", "_args_": [f"touch {marker}"], "_instantiator": "os.system"}
+    nested = {"model": {"_class_path": "os.system", "init_args": {"command": f"touch {marker}"}, **call}}
+    text = f"${{oc.env:HOME}}${{touch:{marker}}}"
+    torch.save({"state_dict": {}, "hyper_parameters": {**nested, "text": text, **call}}, path)
+
+
+def nested_in_description(path, trained, marker):
+    def change(content):
+        block = content["mnist_cnn"]["architecture"]["blocks"][0]
+        block["filters"] = {"_target_": "os.system", "_args_": [f"touch {marker}"]}
+
+    torch.save(changed(trained, change), path)
+
+
+def interpolation(path, trained, marker):
+    def change(content):
+        content["mnist_cnn"]["architecture"]["blocks"][0]["filters"] = "${oc.env:HOME}"
+
+    torch.save(changed(trained, change), path)
+
+
+def bomb(path, trained, marker):
+    whole = io.BytesIO()
+    torch.save(changed(trained, lambda c: None), whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.infolist():
+            name = record.filename
+            if name.endswith("/data/0"):
+                with new.open(name, "w") as file:
+                    for _ in range(1024):
+                        file.write(bytes(2**20))
+            else:
+                new.writestr(name, old.read(name))
+
+
+def terabytes(path, trained, marker):
+    def change(content):
+        content["mnist_cnn"]["architecture"] = {"blocks": [], "dense": [65536] * 32, "initialization": "keras"}
+
+    torch.save(changed(trained, change), path)
+
+
+def largest_allowed(path, trained, marker):
+    """Within the bounds of a specification, but without the weights: no memory is taken for them."""
+
+    def change(content):
+        content["mnist_cnn"]["architecture"] = {"blocks": [], "dense": [65536], "initialization": "keras"}
+        content["state_dict"] = {}
+
+    torch.save(changed(trained, change), path)
+
+
+def expanded(path, trained, marker):
+    def change(content):
+        content["mnist_cnn"]["architecture"] = {"blocks": [], "dense": [65536], "initialization": "keras"}
+        big = {"dense.0.0.weight": (65536, 784), "dense.0.0.bias": (65536,)}
+        big |= {"logits.weight": (10, 65536), "logits.bias": (10,), "mean": (), "standard_deviation": ()}
+        content["state_dict"] = {f"network.{name}": torch.zeros(()).expand(size) for name, size in big.items()}
+
+    torch.save(changed(trained, change), path)
+
+
+def many_references(path, trained, marker):
+    row = {f"figure {number}": 1.0 for number in range(50_000)}
+    torch.save(changed(trained, lambda c: c["mnist_cnn"].update(history=[row] * 100_000)), path)
+
+
+def cut(path, trained, marker):
+    whole = (trained / "checkpoints" / "best.ckpt").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def wrong_magic(path, trained, marker):
+    whole = (trained / "checkpoints" / "best.ckpt").read_bytes()
+    path.write_bytes(b"XX" + whole[2:-22] + bytes(22))
+
+
+def another_lightning_model(path, trained, marker):
+    state = {"model.weight": torch.zeros(3, 3)}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2.5.0", "hyper_parameters": {"lr": 0.1}}, path)
+
+
+FILES = {
+    "a pickled callable in a checkpoint": (pickled, "not a whole checkpoint"),
+    "a pickled callable": (pickled_alone, "not a whole checkpoint"),
+    "a pickled callable in torch's old format": (legacy, "not a whole checkpoint"),
+    "targets in hyperparameters": (hyperparameters, "another program"),
+    "a target in the description": (nested_in_description, "filters"),
+    "a target beside the description": (with_description(_target_="os.system"), "unknown key _target_"),
+    "an interpolation": (interpolation, "${oc.env:HOME}"),
+    "a zip bomb": (bomb, "compressed"),
+    "terabytes": (terabytes, "parameters; at most"),
+    "a large network without weights": (largest_allowed, "do not fit"),
+    "weights of one number": (expanded, "less data than its shape"),
+    "many references to one thing": (many_references, "no network that can be built"),
+    "cut short": (cut, "not a whole checkpoint"),
+    "zero length": (lambda path, *_: path.write_bytes(b""), "not a whole checkpoint"),
+    "wrong magic": (wrong_magic, "not a whole checkpoint"),
+    "another Lightning model": (another_lightning_model, "another program"),
+    "a temperature of zero": (with_description(temperature=0.0), "temperature"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_hostile_checkpoint(run, tmp_path, trained, digit, kind):
+    make, words = FILES[kind]
+    path, marker = tmp_path / "stranger.ckpt", tmp_path / "marker"
+    make(path, trained, marker)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    ended = run("mnist-predict", f"checkpoint={path}", f"images={digit}")
+    seconds, grown = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    said(ended, "stranger.ckpt", words)
+    assert not marker.exists()
+    assert seconds < SECONDS
+    assert grown < MEBIBYTES * 1024
+
+
+def test_the_marker_would_appear_where_it_is_run(tmp_path):
+    """The files above are dangerous: Python's own reader runs them."""
+    pickle.loads(pickle.dumps(Runs(tmp_path / "marker")))
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("address", ["https://example.org/best.ckpt", "s3://bucket/best.ckpt", "file:///best.ckpt"])
+def test_an_address_is_not_fetched(run, digit, address):
+    said(run("mnist-predict", f"checkpoint='{address}'", f"images={digit}"), address, "nothing is fetched")
+
+
+def test_a_storage_that_claims_more_than_the_file_has(tmp_path, trained):
+    """The pickle says how long a storage is; the file must not be read beyond its end."""
+    torch.save(changed(trained, lambda content: None), tmp_path / "whole.ckpt")
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as old, zipfile.ZipFile(tmp_path / "long.ckpt", "w") as new:
+        for record in old.infolist():
+            content = old.read(record)
+            if record.filename.endswith("data.pkl"):
+                assert b"K\xfa" in content  # 250 numbers: the first kernels of conv10
+                content = content.replace(b"K\xfa", b"J\xff\xff\xff\x7f", 1)
+            new.writestr(record.filename, content)
+    digits = np.zeros((1, 28, 28), np.uint8)
+    expected = load_classifier(trained).probabilities(digits)
+    np.testing.assert_array_equal(load_classifier(tmp_path / "long.ckpt").probabilities(digits), expected)
+
+
+def test_older_formats_load_and_a_newer_one_says_what_is_needed(trained, tmp_path):
+    old = changed(trained, lambda content: content["mnist_cnn"].update(format=1))
+    torch.save(old, tmp_path / "old.ckpt")
+    digits = np.random.default_rng(0).integers(0, 256, (3, 28, 28)).astype(np.uint8)
+    expected = load_classifier(trained).probabilities(digits)
+    np.testing.assert_array_equal(load_classifier(tmp_path / "old.ckpt").probabilities(digits), expected)
+    for wrong, words in {
+        3: "install a newer mnist-cnn, one that reads format 3",
+        0: "no such file",
+        True: "no such",
+    }.items():
+        torch.save(changed(trained, lambda c, w=wrong: c["mnist_cnn"].update(format=w)), tmp_path / "other.ckpt")
+        with pytest.raises(UserError, match=words):
+            load_classifier(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("ending", ["onnx", "safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\xff" * 64, (2**63 - 1).to_bytes(8, "little") + b"{}"])
+def test_an_exported_file_that_is_none(run, tmp_path, digit, ending, content):
+    (tmp_path / f"x.{ending}").write_bytes(content)
+    said(run("mnist-predict", f"checkpoint=x.{ending}", f"images={digit}"), f"x.{ending} is not")
+
+
+def test_a_lambda_layer_is_named_and_not_run(run, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    marker = tmp_path / "marker"
+    layers = [
+        {"class_name": "Lambda", "config": {"name": "harmless", "function": f"__import__('os').mknod('{marker}')"}}
+    ]
+    config = json.dumps({"class_name": "Sequential", "config": {"layers": layers}})
+    with h5py.File(tmp_path / "model.h5", "w") as file:
+        file.attrs["model_config"] = config
+        file.create_group("model_weights")
+    with h5py.File(tmp_path / "model.weights.h5", "w"):
+        pass
+    with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
+        archive.writestr("config.json", config)
+        archive.write(tmp_path / "model.weights.h5", "model.weights.h5")
+    for name in ("model.h5", "model.keras"):
+        said(run("mnist-import", f"keras={name}", "output=x.ckpt"), name, "harmless is a Lambda", "not run")
+    assert not marker.exists()
+    assert not (tmp_path / "x.ckpt").exists()
+
+
+def test_refusals_import_no_torch(tmp_path):
+    code = "import sys, mnist_cnn.{0} as m\ntry: m.main()\nfinally: print('torch' in sys.modules)"
+    for name in ("predict", "export", "keras_import", "evaluate"):
+        for words in (["--help"], ["+nothing=3"]):
+            ended = subprocess.run(
+                [sys.executable, "-c", code.format(name), *words], capture_output=True, text=True, cwd=tmp_path
+            )
+            assert ended.stdout.splitlines()[-1] == "False", ended
