@@ -19,6 +19,7 @@ from mnist_cnn.schema import Strict, UserError, validated
 from mnist_cnn.specification import Architecture
 
 FORMAT = 2  # 2 brought the temperature; 1 is read as well
+MAXIMUM_CHECKED = 2**28  # bytes of a checkpoint whose checksums are compared; more would take seconds
 MAXIMUM_DESCRIPTION = 16 * 2**20  # bytes of what is not weights
 
 
@@ -86,7 +87,9 @@ def described(path: str | Path, content: Any) -> Description:
     found = content.get("format") if isinstance(content, dict) else None
     if type(found) is not int or not 1 <= found <= FORMAT:
         newer = type(found) is int and found > FORMAT
-        remedy = f"install a newer mnist-cnn, one that reads format {found}" if newer else "it is no such file"
+        by = content.get("versions") if isinstance(content.get("versions"), dict) else {}
+        least = f">={by['mnist-cnn']}" if re.fullmatch(r"\d[\w.]{0,20}", str(by.get("mnist-cnn"))) else ""
+        remedy = f"install a newer one: pip install 'mnist-cnn{least}'" if newer else "it is no such file"
         raise UserError(f"{path} has format {found!r:.40}; this version reads formats 1 to {FORMAT}: {remedy}")
     try:
         return validated(Description, content)
@@ -104,6 +107,10 @@ def _refuse_bombs(path: Path) -> None:
         raise UserError("its records are larger than the file")
     if any(r.file_size > MAXIMUM_DESCRIPTION for r in records if not re.search(r"/data/\d+$", r.filename)):
         raise UserError("its description is too large")
+    if path.stat().st_size <= MAXIMUM_CHECKED:
+        with zipfile.ZipFile(path) as archive:
+            if harmed := archive.testzip():
+                raise UserError(f"the checksum of its {harmed} differs")
 
 
 def rebuild(path: str | Path) -> tuple[ConvNet, Description]:

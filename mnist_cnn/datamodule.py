@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from mnist_cnn.datasets import CLASSES, Digits, load
 from mnist_cnn.schema import UserError
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 100  # larger ones leave the caches of a CPU
 
 
 class WholeBatches(Dataset[tuple[Tensor, Tensor]]):

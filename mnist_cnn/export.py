@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -120,13 +122,14 @@ def write_onnx(network: nn.Module, description: Description, path: Path) -> Call
 
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    program = torch.onnx.export(
-        _traced(network, description),  # type: ignore[arg-type]
-        input_names=["digits"],
-        output_names=["probabilities"],
-        dynamo=True,
-        verbose=False,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # its optimizer prints what it removed
+        program = torch.onnx.export(
+            _traced(network, description),  # type: ignore[arg-type]
+            input_names=["digits"],
+            output_names=["probabilities"],
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
     model = program.model_proto
     model.metadata_props.append(onnx.StringStringEntryProto(key="mnist_cnn", value=described_in_json(description)))

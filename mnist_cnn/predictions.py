@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,16 +21,22 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
+@cache
+def _keys(classes: tuple[str, ...], top_k: int) -> list[str]:
+    """The columns of figures, which all rows share."""
+    ranked = [f"top {rank} {what}" for rank in range(1, top_k + 1) for what in ("label", "probability")]
+    return ["label", "probability", *(f"probability {name}" for name in classes), *ranked]
+
+
 def row_of(path: str, probabilities: NDArray[np.float32] | None, classes: list[str], top_k: int, error: str) -> Row:
     """A picture's row; without probabilities it has its error only."""
-    keys = ["label", "probability", *(f"probability {name}" for name in classes)]
-    keys += [f"top {rank} {what}" for rank in range(1, top_k + 1) for what in ("label", "probability")]
+    keys = _keys(tuple(classes), top_k)
     if probabilities is None:
         return {"path": path, **dict.fromkeys(keys), "error": error}
     values = probabilities.tolist()
-    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
-    row: list[Any] = [classes[order[0]], values[order[0]], *values]
-    for index in order[:top_k]:
+    best = values.index(max(values))
+    row: list[Any] = [classes[best], values[best], *values]
+    for index in sorted(range(len(values)), key=values.__getitem__, reverse=True)[:top_k] if top_k else ():
         row += [classes[index], values[index]]
     return {"path": path, **dict(zip(keys, row, strict=True)), "error": None}
 

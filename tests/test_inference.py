@@ -88,6 +88,22 @@ def test_any_picture_comes_to_the_same_form(kind):
     assert in_mnist_form(form)
 
 
+def test_the_table_beside_a_photographed_page_is_not_the_digit():
+    """Pen strokes on a page lit unevenly, once alone and once with the dark table's corner in the picture."""
+    from PIL import ImageDraw
+
+    random = np.random.default_rng(0)
+    page = Image.new("L", (600, 800), 255)
+    draw = ImageDraw.Draw(page)
+    draw.line([(240, 300), (360, 300), (280, 480)], fill=40, width=16, joint="curve")
+    y, x = np.mgrid[:800, :600]
+    light = 0.6 + 0.35 * np.exp(-(((x - 450) / 500) ** 2) - ((y - 200) / 600) ** 2)
+    photo = np.asarray(page) * light + random.normal(0, 4, light.shape)
+    table = np.where((x < 25) | (y < 18) | (x + y > 1300), 70.0, photo)
+    alone, beside = (mnist_form(picture.clip(0, 255).astype(np.uint8)).astype(float) for picture in (photo, table))
+    assert np.corrcoef(alone.ravel(), beside.ravel())[0, 1] > 0.9
+
+
 def test_the_camera_says_which_way_is_up(tmp_path):
     picture = Image.fromarray(on_page([0], [255])[..., 0])
     turned = picture.transpose(Image.Transpose.ROTATE_90)  # orientation 6 turns it back

@@ -167,6 +167,13 @@ def test_a_checkpoint_cut_short(run, tmp_path, trained, share):
     said(run("mnist-evaluate", "checkpoint=cut.ckpt"), "cut.ckpt", "not a whole checkpoint")
 
 
+def test_a_checkpoint_with_one_wrong_byte(run, tmp_path, trained):
+    content = bytearray((trained / "checkpoints" / "best.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "harmed.ckpt").write_bytes(content)
+    said(run("mnist-evaluate", "checkpoint=harmed.ckpt"), "harmed.ckpt", "not a whole checkpoint", "checksum")
+
+
 CHANGES = {
     "a newer format": (lambda about: about.update(format=99), ["format 99", "install a newer"]),
     "no format": (lambda about: about.pop("format"), ["format None"]),
