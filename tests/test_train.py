@@ -7,6 +7,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -310,7 +311,7 @@ def test_validation_digits_that_were_trained_on_before_are_warned_of(run, tmp_pa
 
 
 def test_the_reader_of_the_output_may_go(tmp_path):
-    command = f"{sys.executable} -m mnist_cnn.train {' '.join(QUICK)} hydra.run.dir=run | head -1"
+    command = f"{shlex.quote(sys.executable)} -m mnist_cnn.train {' '.join(QUICK)} hydra.run.dir=run | head -1"
     ended = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert ended.stderr == ""
     assert metrics(tmp_path / "run")
