@@ -93,7 +93,7 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-OneOrMany = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_many), Field(min_length=1)]
+OneOrMany = Annotated[list[NonEmpty], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 
 def _ending(key: str, *endings: str) -> AfterValidator:
@@ -162,9 +162,9 @@ class Predict(Strict):
 class Export(Strict):
     """The configuration of mnist-export; conf/export.yaml describes each key."""
 
-    checkpoint: str
+    checkpoint: NonEmpty
     format: Literal["onnx", "torch_export", "safetensors"]
-    output: str = Field(min_length=1)
+    output: NonEmpty
 
     @model_validator(mode="after")
     def _named_after_its_format(self) -> Export:

@@ -1,18 +1,15 @@
-"""Keras's layers and weights, as its files have them, in terms of `ConvNet`. Imports neither Keras nor torch."""
+"""Keras's layers and weights in terms of `ConvNet`. Imports neither Keras nor torch."""
 
 from __future__ import annotations
 
-import json
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mnist_cnn.keras_file import Array, Layer, Weights, layers_of
 from mnist_cnn.schema import UserError, validated
 from mnist_cnn.specification import IMAGE_SIZE, Architecture
 
-Array = NDArray[np.float32]
 EPSILON = 1e-5  # of torch's batch norm
 
 
@@ -24,15 +21,6 @@ class Converted(NamedTuple):
     weights: dict[str, Array]  # by ConvNet's names, in torch's shapes
 
 
-class Layer(NamedTuple):
-    """`group` is where its weights are in a .keras file: the class in snake case and a number."""
-
-    kind: str
-    name: str
-    group: str
-    settings: dict[str, Any]
-
-
 def converted(model: dict[str, Any], weights: Any, divide_by_255: bool) -> Converted:
     """A model's JSON and its h5 weights to a network.
 
@@ -40,36 +28,16 @@ def converted(model: dict[str, Any], weights: Any, divide_by_255: bool) -> Conve
         UserError: a layer is none of ConvNet's, or stands where ConvNet has none; the message names it.
     """
     reader = Reader(weights, divide_by_255)
-    for layer in _layers(model):
+    for layer in layers_of(model):
         reader.take(layer)
     return reader.finish()
-
-
-def _layers(model: dict[str, Any]) -> list[Layer]:
-    if model.get("class_name") not in ("Sequential", "Functional", "Model"):
-        raise UserError(f"a {model.get('class_name')!r:.60} model: expected Sequential, or Functional in one line")
-    counts: dict[str, int] = {}
-    found: list[Layer] = []
-    for raw in model["config"]["layers"]:
-        kind, settings = str(raw["class_name"]), raw["config"]
-        name = str(settings.get("name", kind))
-        if (inbound := raw.get("inbound_nodes")) and found:
-            # The first of [name, node, tensor] is the layer before, in Keras 2 and 3.
-            before = set(re.findall(r'\["([^"]+)", \d+, \d+', json.dumps(inbound)))
-            if before != {found[-1].name}:
-                raise UserError(f"layer {name} ({kind}) does not follow the layer before it alone")
-        snake = re.sub(r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", kind)).lower()
-        counts[snake] = counts.get(snake, -1) + 1
-        group = f"layers/{snake}" + (f"_{counts[snake]}" if counts[snake] else "")
-        found.append(Layer(kind, name, group, settings))
-    return found
 
 
 class Reader:
     """Takes the layers in order; `stage` says what may follow: blocks, dense, then the end."""
 
     def __init__(self, weights: Any, divide_by_255: bool) -> None:
-        self.file = weights
+        self.file = Weights(weights)
         self.blocks: list[dict[str, Any]] = []
         self.dense: list[dict[str, Any]] = []
         self.weights: dict[str, Array] = {}
@@ -134,7 +102,7 @@ class Reader:
         self.blocks.append({"filters": filters, "kernel": kernel, "stride": stride, "padding": padding})
         self.linear = self._activation(layer)
         self._specification()  # refused before its weights are read
-        values, bias = self._read(layer, (kernel, kernel, self.channels, filters), (filters,))
+        values, bias = self.file.read(layer, (kernel, kernel, self.channels, filters), (filters,))
         name = f"blocks.{len(self.blocks) - 1}.0"
         self.weights |= {f"{name}.weight": values.transpose(3, 2, 0, 1).copy(), f"{name}.bias": bias}
         self.channels = filters
@@ -144,7 +112,7 @@ class Reader:
             self._refuse(layer, "does not stand between a convolution and its relu")
         self._only(layer, center=True, scale=True)
         self.blocks[-1]["batch_norm"] = True
-        gamma, beta, mean, variance = self._read(layer, *[(self.channels,)] * 4)
+        gamma, beta, mean, variance = self.file.read(layer, *[(self.channels,)] * 4)
         name = f"blocks.{len(self.blocks) - 1}.1"
         variance = (variance + (layer.settings["epsilon"] - EPSILON)).astype(np.float32)
         parts = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": variance}
@@ -182,7 +150,7 @@ class Reader:
         features = (
             self.dense[-2]["units"] if len(self.dense) > 1 else next(r for r in rows if r.name == "flatten").output[0]
         )
-        values, bias = self._read(layer, (features, units), (units,))
+        values, bias = self.file.read(layer, (features, units), (units,))
         name = f"dense.{len(self.dense) - 1}.0"
         self.weights |= {f"{name}.weight": values.T.copy(), f"{name}.bias": bias}
 
@@ -215,39 +183,6 @@ class Reader:
 
     def _specification(self) -> Architecture:
         return validated(Architecture, {"blocks": list(self.blocks), "dense": list(self.dense)})
-
-    def _read(self, layer: Layer, *shapes: tuple[int, ...]) -> list[Array]:
-        """The layer's arrays in Keras's order, their shapes checked before they are read."""
-        datasets = self._datasets(layer)
-        if [tuple(dataset.shape) for dataset in datasets] != list(shapes):
-            found = [tuple(dataset.shape) for dataset in datasets]
-            raise UserError(f"layer {layer.name} has weights of {found!s:.100}, expected {list(shapes)}")
-        return [np.asarray(dataset[()], np.float32) for dataset in datasets]
-
-    def _datasets(self, layer: Layer) -> list[Any]:
-        if "layer_names" in self.file.attrs:  # .h5
-            group = self._inside(self.file, layer.name)
-            names = [name.decode() if isinstance(name, bytes) else str(name) for name in group.attrs["weight_names"]]
-            found = [self._inside(group, name) for name in names]
-        else:  # .keras
-            place = layer.group if layer.group in self.file else f"layers/{layer.name}"
-            variables = self._inside(self.file, f"{place}/vars")
-            found = [self._inside(variables, str(number)) for number in range(len(variables))]
-        for dataset in found:
-            # What lies in other files is not followed.
-            if not hasattr(dataset, "shape") or dataset.is_virtual or dataset.external:
-                raise UserError(f"layer {layer.name} has weights outside this file")
-        return found
-
-    def _inside(self, group: Any, path: str) -> Any:
-        """An object of this file: links to other files are not followed."""
-        import h5py
-
-        for part in path.split("/"):
-            if not isinstance(group.get(part, getlink=True), h5py.HardLink):
-                raise UserError(f"{path:.100} is missing or is a link")
-            group = group[part]
-        return group
 
     def finish(self) -> Converted:
         if not self.dense or not self.linear:
