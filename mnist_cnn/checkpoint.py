@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mnist_cnn.architectures import ConvNet
 from mnist_cnn.config import Share
+from mnist_cnn.runs import whole
 from mnist_cnn.schema import Strict, UserError, validated
 from mnist_cnn.specification import Architecture
 
@@ -122,9 +122,9 @@ def rebuild(path: str | Path) -> tuple[ConvNet, Description]:
 def save_weights(path: Path, description: Description, state: Mapping[str, Tensor]) -> None:
     """Write a checkpoint of weights and description; it appears under its name when it is whole."""
     about = {**description.model_dump(), "format": FORMAT}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save({"state_dict": {name: value.clone() for name, value in state.items()}, "mnist_cnn": about}, temporary)
-    temporary.replace(path)
+    weights = {name: value.clone() for name, value in state.items()}
+    with whole(path) as temporary:
+        torch.save({"state_dict": weights, "mnist_cnn": about}, temporary)
 
 
 def network_of(path: str | Path, description: Description, state: Any) -> ConvNet:

@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,22 +23,33 @@ from mnist_cnn.schema import UserError, validated
 PACKAGES = ("mnist-cnn", "torch", "torchvision", "pytorch-lightning", "hydra-core")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that a reader finds the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write under; the file appears as `path` once it is whole and on the disk, or not at all."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps its ending
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write so that a reader finds the old file or the new one."""
+    with whole(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
     """The rows under `columns`, or else under the union of their keys in order of first appearance."""
     columns = columns or list(dict.fromkeys(key for row in rows for key in row))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)
 
 
 def versions() -> dict[str, str]:
