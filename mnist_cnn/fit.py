@@ -15,17 +15,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from mnist_cnn.architectures import ConvNet, summary
-from mnist_cnn.checkpoint import FORMAT, find_device, read_checkpoint, rebuild
+from mnist_cnn.checkpoint import FORMAT, find_device, rebuild
 from mnist_cnn.classifier import DigitClassifier, Row
 from mnist_cnn.config import Train
 from mnist_cnn.datamodule import MNISTDataModule
 from mnist_cnn.inference import Classifier, load_classifier
 from mnist_cnn.metrics import Scores, score
 from mnist_cnn.progress import bars, epoch_line, quiet
+from mnist_cnn.resume import PREVIOUS, Checkpoints, WholeCheckpoints, alone_in, failing_clearly, last_whole
 from mnist_cnn.runs import describe_run, refuse_occupied, resumed, versions, write_csv, write_whole
 from mnist_cnn.schema import UserError
 from mnist_cnn.targets import made, tried
@@ -43,8 +43,13 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
         if finished:
             log.info("%s has finished already: nothing was changed", folder)
             return finished
-    else:
-        refuse_occupied(folder)
+    with alone_in(folder):
+        if not config.resume:
+            refuse_occupied(folder)
+        return _fit(config, folder, overrides, choices)
+
+
+def _fit(config: Train, folder: Path, overrides: Sequence[str], choices: Mapping[str, Any]) -> Metrics:
     quiet()
     device = find_device(config.accelerator.name)
     if config.accelerator.threads:
@@ -53,19 +58,19 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
 
     data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
     data.setup()
-    last = folder / "checkpoints" / "last.ckpt"
-    continued = last if config.resume and last.exists() else None
-    network, config = first_network(config, data, overrides, continued)
+    continued = last_whole(folder, config) if config.resume else None
+    network, config = first_network(config, data, overrides, continued is not None)
     log.info("%s", data.shapes())
     log.info("%s", summary(network.specification, len(data.classes)))
     classifier = classifier_for(config, network, data, folder)
     trainer = trainer_for(config, data, folder, device)
     describe_run(folder, config, overrides, choices)
 
-    earlier = sum(row["seconds"] for row in read_checkpoint(continued)[1].history) if continued else 0.0
+    path, earlier = (continued[0], sum(row["seconds"] for row in continued[1].history)) if continued else (None, 0.0)
     start = time.perf_counter()
-    with stoppable(folder):
-        trainer.fit(classifier, datamodule=data, ckpt_path=continued, weights_only=True)
+    with stoppable(folder), failing_clearly(folder, config, network):
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        trainer.fit(classifier, datamodule=data, ckpt_path=path, weights_only=True)
     seconds = earlier + time.perf_counter() - start
 
     # The test set is looked at once, through the checkpoint that the user keeps.
@@ -79,13 +84,14 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
     if config.plots:
         draw(folder / "plots", best, data, classifier.history, logits.argmax(1), scores)
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    (folder / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
     log.info("%s", scores.headline("test"))
     log.info("%s", folder)
     return metrics
 
 
 def first_network(
-    config: Train, data: MNISTDataModule, overrides: Sequence[str], continued: Path | None
+    config: Train, data: MNISTDataModule, overrides: Sequence[str], continued: bool
 ) -> tuple[ConvNet, Train]:
     """The network before its first step, and the configuration with the architecture that it really has."""
     if continued or not config.initialize:  # a continued run has its weights from its own last checkpoint
@@ -152,37 +158,18 @@ def classifier_for(config: Train, network: ConvNet, data: MNISTDataModule, folde
     )
 
 
-class BestAndLast(ModelCheckpoint):
-    """Lightning's checkpoints, whose bookkeeping survives that a run's folder is moved or renamed."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
-
-
 def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torch.device) -> pl.Trainer:
     """Lightning's Trainer, with nothing in it that costs time each step."""
     validated = len(data.validation.labels) > 0
-    checkpoints = BestAndLast(
-        folder / "checkpoints",
-        filename="best",
-        monitor="val/accuracy" if validated and config.selection == "best" else None,
-        mode="max",
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
+    monitor = "val/accuracy" if validated and config.selection == "best" else None
     return pl.Trainer(
         accelerator=device.type,
         devices=1,
         precision=config.accelerator.precision,
         max_epochs=config.epochs,
         logger=made(config.logger, "logger") if config.logger else False,
-        callbacks=[checkpoints, *bars(config.epochs)],
+        callbacks=[Checkpoints(folder / "checkpoints", monitor), *bars(config.epochs)],
+        plugins=[WholeCheckpoints()],
         limit_val_batches=None if validated else 0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,

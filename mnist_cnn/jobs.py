@@ -52,7 +52,7 @@ class RunFolder(Callback):
             elif config.hydra.output_subdir is not None:
                 set_hydra(config, claim(Path(config.hydra.run.dir), chosen(config, "hydra.run.dir")))
         except (UserError, OSError, OmegaConfBaseException) as error:
-            refuse(in_one_line(error, config.hydra.job.config_name))
+            refuse(in_one_line(error, config.hydra.job.config_name), error)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         name = config.hydra.job.config_name
@@ -66,7 +66,7 @@ class RunFolder(Callback):
                 folder = claim(Path(config.hydra.sweep.dir), chosen(config, "hydra.sweep.dir"))
                 config.hydra.sweep.dir = str(folder)
         except (UserError, OSError, OmegaConfBaseException) as error:
-            refuse(in_one_line(error, name))
+            refuse(in_one_line(error, name), error)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)

@@ -119,6 +119,7 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
     stored, run = read_run(folder)
     ours, theirs = stored.model_dump(), config.model_dump()
     named = [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in overrides]
+    differing = []
     for word, key in zip(overrides, named, strict=True):
         if key.startswith(("resume", "plots", "epochs", "accelerator", "data.root")):
             continue
@@ -127,9 +128,9 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
         else:
             was, asked = (OmegaConf.select(OmegaConf.create(settings), key) for settings in (ours, theirs))
         if was != asked:
-            raise UserError(
-                f"resume={folder}: the run has {key}={was}, not {asked}; leave {key} out or start a new run"
-            )
+            differing.append(f"{key}={was}, not {asked}")
+    if differing:
+        raise UserError(f"resume={folder}: the run has {'; '.join(differing)}; leave that out or start a new run")
     epochs = config.epochs if "epochs" in named else stored.epochs
     if epochs < stored.epochs:
         raise UserError(f"resume={folder}: the run has epochs={stored.epochs}; epochs may only grow, not be {epochs}")

@@ -1,0 +1,139 @@
+"""What a run keeps while it goes, so that after a crash it goes on: whole checkpoints, one process, clear failures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from filelock import FileLock, Timeout
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.utilities.memory import is_oom_error
+
+from mnist_cnn.architectures import ConvNet
+from mnist_cnn.checkpoint import Description, read_checkpoint, save
+from mnist_cnn.config import Train
+from mnist_cnn.schema import RunError, UserError
+
+log = logging.getLogger(__name__)
+
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints, each written whole or not at all; last.ckpt leaves the one before as previous.ckpt."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        if path.name != LAST or not path.exists():
+            return save(path, checkpoint)
+        new = path.with_name("new.ckpt")
+        save(new, checkpoint)
+        path.replace(path.with_name(PREVIOUS))
+        new.replace(path)
+        return None
+
+
+class Checkpoints(Checkpoint):
+    """best.ckpt where an epoch is better than all before, or at each without a `monitor`; last.ckpt at every one's end.
+
+    Lightning's ModelCheckpoint leaves last.ckpt as it is at an epoch that is not the best, and remembers absolute
+    paths, which a run that was moved no longer has.
+    """
+
+    def __init__(self, folder: Path, monitor: str | None) -> None:
+        self.folder, self.monitor = folder, monitor
+        self.best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, classifier: pl.LightningModule) -> None:
+        score = float(trainer.callback_metrics[self.monitor]) if self.monitor else None
+        if score is None or self.best is None or score > self.best:
+            self.best = score
+            trainer.save_checkpoint(self.folder / BEST)
+        trainer.save_checkpoint(self.folder / LAST)
+
+
+def last_whole(folder: Path, config: Train) -> tuple[Path, Description] | None:
+    """The newest checkpoint of a run that is whole, and its description; None where the run begins again.
+
+    Raises:
+        UserError: it is of another network, other data or another seed than `config`, which someone has changed.
+    """
+    for name in (LAST, PREVIOUS, BEST):
+        path = folder / "checkpoints" / name
+        if not path.exists():
+            continue
+        try:
+            content, description = read_checkpoint(path)
+            if "optimizer_states" not in content:
+                raise UserError(f"{path} holds weights alone")
+        except UserError as error:
+            log.warning("warning: %s", error)
+            continue
+        settings = config.model_dump()
+        theirs = {"architecture": description.architecture.model_dump(), **description.data.model_dump()}
+        ours = {**settings["data"], "architecture": settings["architecture"], "seed": settings["seed"]}
+        if differing := [key for key, value in theirs.items() if value != ours[key]]:
+            raise UserError(f"{folder / 'config.yaml'} was changed: its {', '.join(differing)} is not that of {path}")
+        if name != LAST:
+            log.warning("warning: continuing from %s, which is older", path)
+        return path, description
+    log.warning("warning: %s has no whole checkpoint: it begins again", folder)
+    return None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process works in a run's folder at a time.
+
+    Raises:
+        UserError: another one does.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another") from None
+    try:
+        for place in (folder, folder / "checkpoints"):
+            for left in place.glob(".[0-9]*.*"):  # by a process that was killed while it wrote
+                left.unlink()
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def failing_clearly(folder: Path, config: Train, network: ConvNet) -> Iterator[None]:
+    """What goes wrong while a network trains in the user's words.
+
+    Raises:
+        RunError: the disk is full, the folder is gone, or the memory does not suffice.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.filename or folder}: {error.strerror or error}"
+        kept = [name for name in (LAST, PREVIOUS) if (folder / "checkpoints" / name).exists()]
+        remedy = f"its last checkpoint is whole; mend this, then continue with: mnist-train resume={folder}"
+        raise RunError(f"{reason}; {remedy if kept else 'no checkpoint was written yet'}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or is_oom_error(error)):
+            raise
+        layers = [f"{block.filters}@{block.kernel}×{block.kernel}" for block in config.architecture.blocks]
+        layers += [str(dense.units) for dense in config.architecture.dense]
+        raise RunError(
+            f"out of memory with data.batch_size={config.data.batch_size} and a network of "
+            f"{network.parameter_count():,} parameters ({', '.join(layers)}); make one of them smaller"
+        ) from None
