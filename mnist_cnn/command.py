@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_cnn.config import CONF
@@ -80,6 +80,11 @@ def in_one_line(error: Exception, config_name: str) -> str:
         return (
             f"{group}={option}: no such option{nearest(option, error.options)} (there are {', '.join(error.options)})"
         )
+    if isinstance(error, OverrideParseException):
+        reason = next(line for line in text.splitlines() if line.strip()).removeprefix("LexerNoViableAltException: ")
+        return f"{error.override}: expected key=value; quote what is special to Hydra, as in 'key=\"a b\"' ({reason})"
+    if text.startswith("Config group override"):
+        return f"a group takes the name of one of its options, such as architecture=conv10 ({text.splitlines()[0]})"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else text
     if match := re.match(
