@@ -27,7 +27,7 @@ FORMATS = ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"]
 ARRAYS = {".npy", ".npz"}
 # Larger pictures are averaged down, so that none takes gigabytes; a page of A4 at 300 dpi has 8.7 million.
 MOST_PIXELS, MOST_TRANSPARENT = 12_000_000, 4_000_000
-MAXIMUM_ARRAY = 2**33  # bytes of an array in a .npz, which is unpacked whole
+MAXIMUM_ARRAY = 2**29  # bytes of an array in a .npz, which is unpacked whole
 
 
 class Source(NamedTuple):
