@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mnist_cnn.schema import validated
 from mnist_cnn.specification import Architecture, Block, Dense
@@ -19,6 +20,10 @@ class ConvNet(nn.Module):
         specification: an `Architecture`, or a mapping with `blocks` and `dense` (see conf/architecture).
         classes: length of the logits.
         mean, standard_deviation: of the pixels, in units of 0–255; (0, 255) divides by 255.
+
+    Attributes:
+        onednn: let training on a CPU keep oneDNN's own layout from layer to layer. It is the same function, rounded
+            otherwise, and up to a third faster: oneDNN's pooling and matrix products are quicker than torch's.
 
     Raises:
         UserError: the specification cannot be built.
@@ -38,6 +43,7 @@ class ConvNet(nn.Module):
         if not isinstance(specification, Architecture):
             specification = validated(Architecture, specification)
         self.specification = specification
+        self.onednn = False
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("standard_deviation", torch.tensor(standard_deviation))
 
@@ -56,9 +62,23 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images uint8 or float (N, 1, 28, 28), pixels 0–255, to logits float (N, classes)."""
         x = (images.to(self.mean.dtype) - self.mean) / self.standard_deviation
-        x = self.blocks(x.contiguous(memory_format=torch.channels_last))  # (N, filters, height, width)
+        onednn = self.onednn and self._in_onednn(x)
+        x = self.blocks(x.to_mkldnn() if onednn else x.contiguous(memory_format=torch.channels_last))
+        x = _plain(x)  # (N, filters, height, width)
         x = x.permute(0, 2, 3, 1).flatten(1)  # (N, height·width·filters), the channels last as in Keras
-        return self.logits(self.dense(x))
+        x = self.dense(x.to_mkldnn() if onednn else x)
+        return self.logits(_plain(x))
+
+    def _in_onednn(self, x: Tensor) -> bool:
+        """Whether oneDNN can train this network in its own layout: in float32 on a CPU, and without batch norm."""
+        return (
+            self.training
+            and x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and torch.backends.mkldnn.is_available()
+            and not torch.is_autocast_enabled("cpu")
+            and not any(block.batch_norm for block in self.specification.blocks)
+        )
 
     def new_logits(self, classes: int) -> None:
         """Make the last layer anew, for other classes."""
@@ -70,6 +90,32 @@ class ConvNet(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
+class Dropout(nn.Module):
+    """Dropout whose masks on a CPU take 16 random bits an element: an eighth of the time of torch's.
+
+    The share kept is a multiple of 1/65,536, and the scale is of that share.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        self.kept = min(max(round((1 - share) * 2**16), 1), 2**16 - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.share == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.share)
+        x = _plain(x)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].as_strided(x.size(), x.stride())
+        return x * (bits < self.kept - 2**15).to(x.dtype).mul_(2**16 / self.kept)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.to_dense() if x.is_mkldnn else x
+
+
 def _block(channels: int, block: Block) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(channels, block.filters, block.kernel, block.stride, block.padding)]
     if block.batch_norm:
@@ -77,16 +123,16 @@ def _block(channels: int, block: Block) -> nn.Sequential:
     # Pooling before relu is the same function, as both keep the order of numbers, and relu then has less to do.
     if block.pool is not None:
         layers.append(nn.MaxPool2d(block.pool))
-    layers.append(nn.ReLU(inplace=True))
+    layers.append(nn.ReLU(inplace=block.pool is None))  # oneDNN's pooling wants its output again
     if block.dropout:
-        layers.append(nn.Dropout(block.dropout))
+        layers.append(Dropout(block.dropout))
     return nn.Sequential(*layers)
 
 
 def _dense(features: int, dense: Dense) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Linear(features, dense.units), nn.ReLU(inplace=True)]
     if dense.dropout:
-        layers.append(nn.Dropout(dense.dropout))
+        layers.append(Dropout(dense.dropout))
     return nn.Sequential(*layers)
 
 

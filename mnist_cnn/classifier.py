@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,8 +22,14 @@ Row = dict[str, float]
 Batch = tuple[Tensor, Tensor]
 
 
+def _batches(stretch: Batch | tuple[Batch, ...]) -> tuple[Batch, ...]:
+    return (stretch,) if isinstance(stretch[0], Tensor) else stretch  # type: ignore[return-value]
+
+
 class DigitClassifier(pl.LightningModule):
     """Trains a `ConvNet` by cross entropy on batches of uint8 (B, 1, 28, 28) and class indices (B,).
+
+    A loader may hand over one batch or a tuple of them at a time (`MNISTDataModule(stretches=True)`).
 
     Args:
         network: what is trained.
@@ -52,6 +59,9 @@ class DigitClassifier(pl.LightningModule):
         self.interval, self.length = interval, length
         self.seed, self.description, self.report = seed, description or {}, report
         self.history: list[Row] = []
+        self.automatic_optimization = False
+        self.position = 0  # optimizer steps done in this epoch
+        self.stopping = False
         self._reset()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -60,25 +70,48 @@ class DigitClassifier(pl.LightningModule):
 
     # --- the step ------------------------------------------------------------------------------------------
 
-    def _step(self, batch: Batch) -> Tensor:
-        images, labels = batch
-        logits = self.network(images)
-        loss = F.cross_entropy(logits, labels)
-        self.loss_sum += loss.detach() * len(labels)
-        self.correct += (logits.detach().argmax(1) == labels).sum()
-        self.seen += len(labels)
-        return loss
+    def training_step(self, stretch: Batch | tuple[Batch, ...], index: int) -> None:
+        """Several optimizer steps: Lightning's own work each step would else cost more than a small network's.
 
-    def training_step(self, batch: Batch, index: int) -> Tensor:
-        return self._step(batch)
+        `stretch` is a batch or a tuple of them. `stopping` ends it after the step it is in.
+        """
+        optimizer, schedule = self.optimizers(), self.lr_schedulers() if self.interval == "step" else None
+        assert isinstance(optimizer, LightningOptimizer)
+        results: list[tuple[Tensor, Tensor, Tensor]] = []
+        for images, labels in _batches(stretch):
+            logits = self.network(images)
+            loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            torch.clear_autocast_cache()  # of the weights before the step
+            if schedule is not None:
+                schedule.step()  # type: ignore[union-attr, call-arg]
+            self.position += 1
+            results.append((loss.detach(), logits.detach(), labels))
+            if self.stopping:
+                break
+        self._count(results)
 
-    def validation_step(self, batch: Batch, index: int) -> None:
-        self._step(batch)
+    def validation_step(self, stretch: Batch | tuple[Batch, ...], index: int) -> None:
+        results = []
+        for images, labels in _batches(stretch):
+            logits = self.network(images)
+            results.append((F.cross_entropy(logits, labels), logits, labels))
+        self._count(results)
 
     test_step = validation_step
 
+    def _count(self, results: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Add losses, logits (B, classes) and labels (B,) to the sums, on the device."""
+        losses, logits, labels = zip(*results, strict=True)
+        sizes = torch.tensor([len(part) for part in labels], device=self.device)
+        self.loss_sum += (torch.stack(losses).double() * sizes).sum()
+        self.correct += (torch.cat(logits).argmax(1) == torch.cat(labels)).sum()
+        self.seen += sum(len(part) for part in labels)
+
     def _reset(self) -> None:
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.seen = 0
 
@@ -99,6 +132,7 @@ class DigitClassifier(pl.LightningModule):
         if not any(parameter.requires_grad for parameter in self.network.blocks.parameters()):
             self.network.blocks.eval()  # frozen: neither dropout nor batch norm's statistics move
         self._validated: Row = {}
+        self.position = 0
         self._reset()
 
     def on_validation_epoch_start(self) -> None:
@@ -122,6 +156,8 @@ class DigitClassifier(pl.LightningModule):
         row["learning_rate"] = self.rate
         row["seconds"] = time.perf_counter() - self.started
         self.history.append(row)
+        if self.make_scheduler is not None and self.interval == "epoch":
+            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
         if self.report:
             self.report(self.history)
 
@@ -137,8 +173,9 @@ class DigitClassifier(pl.LightningModule):
         optimizer = self.make_optimizer([p for p in self.network.parameters() if p.requires_grad])
         if self.make_scheduler is None:
             return optimizer
-        steps = self.trainer.estimated_stepping_batches if self.interval == "step" else self.trainer.max_epochs
-        scheduler = self.make_scheduler(optimizer, **({self.length: int(steps or 1)} if self.length else {}))
+        epochs = self.trainer.max_epochs or 1
+        steps = epochs * self.trainer.datamodule.steps_per_epoch if self.interval == "step" else epochs  # type: ignore[attr-defined]
+        scheduler = self.make_scheduler(optimizer, **({self.length: steps} if self.length else {}))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -147,3 +184,4 @@ class DigitClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = [dict(row) for row in checkpoint["mnist_cnn"]["history"]]
+        self.trainer.datamodule.resumed = (len(self.history), 0)  # type: ignore[attr-defined]

@@ -1,40 +1,49 @@
-"""`MNISTDataModule`: splits, normalisation figures, and loaders whose batches are one tensor index."""
+"""`MNISTDataModule`: splits, normalisation figures, and loaders that cut whole batches."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from mnist_cnn.datasets import CLASSES, Digits, load
 from mnist_cnn.schema import UserError
 
 EVALUATION_BATCH = 100  # larger ones leave the caches of a CPU
+STRETCH = 2_000  # digits that a Lightning step takes: its own cost is then spread over many optimizer steps
 
 
-class WholeBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Digits that a DataLoader takes a batch at a time: no Python runs per sample."""
+class Batches:
+    """A part's batches, in the order of `order()` at the start, or as they lie; no Python runs per digit.
 
-    def __init__(self, digits: Digits) -> None:
-        self.images, self.labels = digits
+    Args:
+        digits: uint8 images (N, 1, 28, 28) and labels (N,), on the device that works on them.
+        size: digits a batch; the last may be shorter.
+        order: gives the indices of an epoch.
+        stretch: 0 for plain batches; else this many batches at a time, as a tuple, for a step that takes several.
+    """
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __init__(
+        self, digits: Digits, size: int, order: Callable[[], Tensor] | None = None, stretch: int = 0
+    ) -> None:
+        self.digits, self.size, self.order, self.stretch = digits, size, order, stretch
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.tensor(indices)
-        return self.images[chosen], self.labels[chosen]
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    def __iter__(self) -> Iterator[Any]:
+        images, labels = self.digits
+        indices = self.order().to(labels.device) if self.order else None
+        count = max(self.stretch, 1) * self.size
+        for start in range(0, len(labels) if indices is None else len(indices), count):
+            if indices is None:
+                part = Digits(images[start : start + count], labels[start : start + count])
+            else:
+                chosen = indices[start : start + count]
+                part = Digits(images.index_select(0, chosen), labels.index_select(0, chosen))
+            batches = tuple(zip(*(tensor.split(self.size) for tensor in part), strict=True))
+            yield batches if self.stretch else batches[0]
 
 
 class MNISTDataModule(pl.LightningDataModule):
@@ -48,9 +57,11 @@ class MNISTDataModule(pl.LightningDataModule):
         validation_from: the `last` training digits, as Keras takes them, or a `random` stratified part.
         normalization: `unit` divides by 255; `standard` has mean 0 and sd 1 over the training part.
         seed: of the order of the training digits and of a random validation part.
+        stretches: give loaders that hand over some 2,000 digits at a time as a tuple of batches, for `DigitClassifier`.
 
     Attributes:
         train, validation, test: `Digits`, after `setup`; validation may be empty.
+        resumed: the epoch, counted from 0, in which training goes on, and how many of its steps are done already.
         mean, standard_deviation: the figures for `ConvNet`, in units of 0–255, after `setup`.
     """
 
@@ -67,12 +78,14 @@ class MNISTDataModule(pl.LightningDataModule):
         validation_from: Literal["last", "random"] = "last",
         normalization: Literal["unit", "standard"] = "unit",
         seed: int = 1,
+        stretches: bool = False,
     ) -> None:
         super().__init__()
         self.data_name, self.root, self.batch_size, self.seed = name, root, batch_size, seed
         self.validation_share, self.validation_from = validation, validation_from
-        self.normalization = normalization
+        self.normalization, self.stretches = normalization, stretches
         self.classes = CLASSES[name]
+        self.resumed = (0, 0)
         self._ready = False
 
     def prepare_data(self) -> None:
@@ -126,27 +139,37 @@ class MNISTDataModule(pl.LightningDataModule):
         first = f"  first training digit: {self.classes[int(self.train.labels[0])]}"
         return "\n".join([*lines, first, f"  training digits of each class  {named}"])
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train.labels) / self.batch_size)
+
+    def train_dataloader(self) -> Batches:
         """Shuffled by (seed, epoch) alone, so that a resumed run sees the same order."""
-        world = self.trainer.world_size if self.trainer else 1
-        rank = self.trainer.global_rank if self.trainer else 0
-        digits = self._batches(self.train)
-        sampler: DistributedSampler[tuple[Tensor, Tensor]] = DistributedSampler(
-            digits, world, rank, shuffle=True, seed=self.seed
-        )
-        # A generator of its own: a loader's start would else draw from the random numbers of dropout.
-        generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(digits, self.batch_size, sampler=sampler, collate_fn=_as_it_is, generator=generator)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
-        if len(self.validation.labels) == 0:
-            return []
-        return DataLoader(self._batches(self.validation), EVALUATION_BATCH, collate_fn=_as_it_is)
+        def order() -> Tensor:
+            first, position = self.resumed
+            epoch = max(self.trainer.current_epoch, first) if self.trainer else 0
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            indices = torch.randperm(len(self.train.labels), generator=generator)
+            return indices[position * self.batch_size :] if epoch == first else indices
 
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(self._batches(self.test), EVALUATION_BATCH, collate_fn=_as_it_is)
+        stretch = math.ceil(STRETCH / self.batch_size) if self.stretches else 0
+        return Batches(self._on_device(self.train), self.batch_size, order, stretch)
 
-    def _batches(self, digits: Digits) -> WholeBatches:
+    def val_dataloader(self) -> Batches | list[Any]:
+        return self._evaluation(self.validation) if len(self.validation.labels) else []
+
+    def test_dataloader(self) -> Batches:
+        return self._evaluation(self.test)
+
+    def _evaluation(self, digits: Digits) -> Batches:
+        stretch = math.ceil(STRETCH / EVALUATION_BATCH) if self.stretches else 0
+        return Batches(self._on_device(digits), EVALUATION_BATCH, stretch=stretch)
+
+    def _on_device(self, digits: Digits) -> Digits:
         # All of MNIST is 55 MB: it lives on the accelerator, and batches are cut there.
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        return WholeBatches(Digits(digits.images.to(device), digits.labels.to(device)))
+        return Digits(digits.images.to(device), digits.labels.to(device))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # it is there

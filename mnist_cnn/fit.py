@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +34,8 @@ from mnist_cnn.targets import made, tried
 
 log = logging.getLogger(__name__)
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+
 Metrics = dict[str, float | int | None]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -54,12 +58,14 @@ def _fit(config: Train, folder: Path, overrides: Sequence[str], choices: Mapping
     device = find_device(config.accelerator.name)
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
+    keep_memory()
     torch.manual_seed(config.seed)
 
-    data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
+    data = MNISTDataModule(**config.data.model_dump(), seed=config.seed, stretches=True)
     data.setup()
     continued = last_whole(folder, config) if config.resume else None
     network, config = first_network(config, data, overrides, continued is not None)
+    network.onednn = True
     log.info("%s", data.shapes())
     log.info("%s", summary(network.specification, len(data.classes)))
     classifier = classifier_for(config, network, data, folder)
@@ -156,6 +162,13 @@ def classifier_for(config: Train, network: ConvNet, data: MNISTDataModule, folde
         },
         report,
     )
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed: activations are else given back and faulted in anew at every step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torch.device) -> pl.Trainer:

@@ -25,18 +25,18 @@ class ProgressBar(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, classifier: pl.LightningModule) -> None:
         title = f"epoch {trainer.current_epoch + 1}/{self.epochs}"
-        self.bar = tqdm(total=int(trainer.num_training_batches), desc=title, unit="batch", leave=False)
-        self.done, self.drawn = 0, time.monotonic()
+        steps = trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
+        self.bar = tqdm(total=steps, desc=title, unit="batch", leave=False)
+        self.drawn = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, classifier: pl.LightningModule, *_: Any) -> None:
-        self.done += 1
         now = time.monotonic()
         if now - self.drawn > SECONDS_BETWEEN_UPDATES:
             self.drawn = now
             assert isinstance(classifier, DigitClassifier)
             loss, accuracy = classifier.running()
             self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
-            self.bar.update(self.done - self.bar.n)
+            self.bar.update(classifier.position - self.bar.n)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, classifier: pl.LightningModule) -> None:
         self.bar.close()
