@@ -5,12 +5,9 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +24,16 @@ from mnist_cnn.datamodule import MNISTDataModule
 from mnist_cnn.inference import Classifier, load_classifier
 from mnist_cnn.metrics import Scores, score
 from mnist_cnn.progress import bars, epoch_line, quiet
-from mnist_cnn.resume import PREVIOUS, Checkpoints, WholeCheckpoints, alone_in, failing_clearly, last_whole
+from mnist_cnn.resume import (
+    PREVIOUS,
+    Checkpoints,
+    Stopped,
+    WholeCheckpoints,
+    alone_in,
+    failing_clearly,
+    last_whole,
+    stoppable,
+)
 from mnist_cnn.runs import describe_run, refuse_occupied, resumed, versions, write_csv, write_whole
 from mnist_cnn.schema import UserError
 from mnist_cnn.targets import made, tried
@@ -47,13 +53,19 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
         if finished:
             log.info("%s has finished already: nothing was changed", folder)
             return finished
-    with alone_in(folder):
+    with alone_in(folder), stoppable(folder) as training:
         if not config.resume:
             refuse_occupied(folder)
-        return _fit(config, folder, overrides, choices)
+        return _fit(config, folder, overrides, choices, training)
 
 
-def _fit(config: Train, folder: Path, overrides: Sequence[str], choices: Mapping[str, Any]) -> Metrics:
+def _fit(
+    config: Train,
+    folder: Path,
+    overrides: Sequence[str],
+    choices: Mapping[str, Any],
+    training: list[DigitClassifier],
+) -> Metrics:
     quiet()
     device = find_device(config.accelerator.name)
     if config.accelerator.threads:
@@ -72,11 +84,15 @@ def _fit(config: Train, folder: Path, overrides: Sequence[str], choices: Mapping
     trainer = trainer_for(config, data, folder, device)
     describe_run(folder, config, overrides, choices)
 
-    path, earlier = (continued[0], sum(row["seconds"] for row in continued[1].history)) if continued else (None, 0.0)
+    path, earlier = continued or (None, 0.0)
     start = time.perf_counter()
-    with stoppable(folder), failing_clearly(folder, config, network):
+    training.append(classifier)  # from here on a signal lets it finish its step and save
+    with failing_clearly(folder, config, network):
         (folder / "checkpoints").mkdir(exist_ok=True)
         trainer.fit(classifier, datamodule=data, ckpt_path=path, weights_only=True)
+    training.clear()
+    if classifier.stopping:
+        raise Stopped(classifier.stopping)
     seconds = earlier + time.perf_counter() - start
 
     # The test set is looked at once, through the checkpoint that the user keeps.
@@ -181,7 +197,7 @@ def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torc
         precision=config.accelerator.precision,
         max_epochs=config.epochs,
         logger=made(config.logger, "logger") if config.logger else False,
-        callbacks=[Checkpoints(folder / "checkpoints", monitor), *bars(config.epochs)],
+        callbacks=[Checkpoints(folder / "checkpoints", monitor, config.checkpoint.every_seconds), *bars(config.epochs)],
         plugins=[WholeCheckpoints()],
         limit_val_batches=None if validated else 0,
         num_sanity_val_steps=0,
@@ -189,33 +205,6 @@ def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torc
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM came while the network trained."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-
-
-@contextmanager
-def stoppable(folder: Path) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run with the line that continues it, and status 130 or 143."""
-
-    def stop(signum: int, _: Any) -> None:
-        raise Stopped(signum)
-
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, stop) for number in signals}
-    try:
-        yield
-    except Stopped as stopped:
-        name = signal.Signals(stopped.signum).name
-        log.error("stopped by %s; continue with: mnist-train resume=%s", name, folder)
-        raise SystemExit(128 + stopped.signum) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def metrics_of(best: Classifier, scores: Scores, epochs: int, seconds: float) -> Metrics:

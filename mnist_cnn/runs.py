@@ -121,7 +121,7 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
     named = [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in overrides]
     differing = []
     for word, key in zip(overrides, named, strict=True):
-        if key.startswith(("resume", "plots", "epochs", "accelerator", "data.root")):
+        if key.startswith(("resume", "plots", "epochs", "accelerator", "data.root", "checkpoint")):
             continue
         if key in run["choices"]:
             was, asked = run["choices"][key], word.partition("=")[2]
@@ -141,6 +141,7 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
     moved = "data.root" in named or not Path(stored.data.root).is_dir()
     data = stored.data.model_copy(update={"root": config.data.root if moved else stored.data.root})
     update: dict[str, Any] = {"resume": config.resume, "epochs": epochs, "data": data, "plots": config.plots}
-    if any(key.startswith("accelerator") for key in named):
-        update["accelerator"] = config.accelerator
+    for part in ("accelerator", "checkpoint"):
+        if any(key.startswith(part) for key in named):
+            update[part] = getattr(config, part)
     return stored.model_copy(update=update), metrics if metrics.get("epochs", 0) >= epochs else {}
