@@ -191,15 +191,19 @@ class DigitClassifier(pl.LightningModule):
         self._trained = self._sums()
         self._reset()
 
+    def _log(self, figures: Row) -> None:
+        # Loggers would else count the stretches, whose number depends on where a run was stopped.
+        self.log_dict({**figures, "step": float(self.global_step)})
+
     def on_validation_epoch_end(self) -> None:
         self._validated = self._figures("val")
-        self.log_dict(self._validated)
+        self._log(self._validated)
         self.loss_sum, self.correct, self.seen = self._trained
 
     def on_train_epoch_end(self) -> None:
         self.require_finite()
         trained = self._figures("train")
-        self.log_dict(trained)
+        self._log(trained)
         row: Row = {"epoch": self.current_epoch + 1, "step": self.global_step, **trained, **self._validated}
         row["learning_rate"] = self.rate
         row["seconds"] = time.perf_counter() - self.started

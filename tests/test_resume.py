@@ -2,22 +2,33 @@
 
 import errno
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.machinery import SourceFileLoader
 
 import pytest
 import torch
 import yaml
+from conftest import REPOSITORY
 from test_messages import said
-from test_train import metrics, same, weights
+from test_train import metrics
 
-from mnist_cnn import resume
+from mnist_cnn import datamodule, resume
 from mnist_cnn.checkpoint import read_checkpoint
+from mnist_cnn.classifier import DigitClassifier
 
 NETWORK = (  # small, with dropout, whose random numbers are part of what must continue
     "architecture.blocks=[{filters:4,kernel:5,pool:4,dropout:0.25}]",
     "architecture.dense=[{units:16,dropout:0.5}]",
 )
-SETTINGS = ("data=digits", "plots=false", "data.batch_size=64", "epochs=3", *NETWORK)
+SETTINGS = ("data=digits", "plots=false", "data.batch_size=64", "epochs=3", "schedule=onecycle", *NETWORK)
+STEPS = 21  # of an epoch: 1,293 digits in batches of 64
+chaos = SourceFileLoader("chaos", str(REPOSITORY / "scripts" / "chaos")).load_module()
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +43,14 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Let the n-th checkpoint of a run fail; each epoch here writes best.ckpt, where it is better, and last.ckpt."""
+    """Let the n-th write of last.ckpt fail; each epoch writes it, after best.ckpt where it is better."""
 
     def use(number, fail):
         write, written = resume.save, []
 
         def save(path, content):
-            written.append(path)
-            if len(written) == number:
+            written.extend([path] if path.name != "best.ckpt" else [])
+            if len(written) == number and path.name != "best.ckpt":
                 monkeypatch.setattr(resume, "save", write)
                 fail(path)
             write(path, content)
@@ -53,17 +64,112 @@ def no_room(path):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def untimed(folder):
-    rows = [line.rpartition(",")[0] for line in (folder / "metrics.csv").read_text().splitlines()]
-    assert rows[0].endswith("learning_rate")
-    return rows, {key: value for key, value in metrics(folder).items() if key != "fit_seconds"}
-
-
 def equal(first, second):
-    """The same bits: weights, figures, and what would continue them."""
-    for name in ("best.ckpt", "last.ckpt"):
-        assert same(weights(first / "checkpoints" / name), weights(second / "checkpoints" / name))
-    assert untimed(first) == untimed(second)
+    """The same bits: weights, optimizer, schedule, random states, bookkeeping, metrics.csv and metrics.json."""
+    assert chaos.first_difference(chaos.result(first), chaos.result(second)) == ""
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Send this process a signal in the n-th step of training, or in the n-th of validation."""
+
+    def use(signum, number, method="manual_backward"):
+        work, calls = getattr(DigitClassifier, method), []
+
+        def counted(*arguments, **options):
+            calls.append(method)
+            if len(calls) == number:
+                os.kill(os.getpid(), signum)
+            return work(*arguments, **options)
+
+        monkeypatch.setattr(DigitClassifier, method, counted)
+
+    return use
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [1, 8, STEPS, STEPS + 1, 2 * STEPS, 2 * STEPS + 9, 3 * STEPS])
+def test_a_signal_finishes_the_step_and_saves(run, tmp_path, signalled, undisturbed, signum, step):
+    signalled(signum, step)
+    ended = run("mnist-train", *SETTINGS, "hydra.run.dir=run")
+    assert ended.status == 128 + signum
+    assert ended.err == f"stopped by {signum.name}; continue with: mnist-train resume={tmp_path / 'run'}\n"
+    content, _ = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert content["global_step"] == step
+    assert run("mnist-train", "resume=run").status == 0
+    equal(undisturbed, tmp_path / "run")
+
+
+def test_a_signal_while_it_validates(run, tmp_path, signalled, undisturbed):
+    signalled(signal.SIGTERM, 2, "validation_step")
+    assert run("mnist-train", *SETTINGS, "hydra.run.dir=run").status == 143
+    assert len(read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")[1].history) == 1
+    assert run("mnist-train", "resume=run").status == 0
+    equal(undisturbed, tmp_path / "run")
+
+
+def test_a_run_that_is_stopped_again_and_again(run, tmp_path, signalled, undisturbed):
+    signalled(signal.SIGTERM, 5)
+    run("mnist-train", *SETTINGS, "hydra.run.dir=run")
+    for number in (1, 20, 9):
+        signalled(signal.SIGINT, number)
+        assert run("mnist-train", "resume=run").status == 130
+    assert run("mnist-train", "resume=run").status == 0
+    equal(undisturbed, tmp_path / "run")
+
+
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(tmp_path):
+    """The first one finds it in a step that takes long: one of 60,000 digits at once."""
+    settings = ["architecture=conv64_128", "data=digits", "data.batch_size=1437", "plots=false", "epochs=99"]
+    command = [sys.executable, "-m", "mnist_cnn.train", *settings, "hydra.run.dir=run"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+            time.sleep(0.01)
+        process.terminate()
+        process.terminate()
+        process.communicate()
+    assert process.returncode in (-signal.SIGTERM, 143)  # 143 where the step had ended before the second one
+    read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+
+
+def test_a_sweep_that_is_stopped_says_what_is_done(run, tmp_path, signalled):
+    signalled(signal.SIGTERM, 3 * STEPS + 5)
+    ended = run("mnist-train", "-m", *SETTINGS, "seed=1,2,3,4", "hydra.sweep.dir=sweep")
+    assert ended.status == 143
+    first, second = ended.err.splitlines()
+    assert re.fullmatch(rf"stopped by SIGTERM; continue with: mnist-train resume={tmp_path}/sweep/1_\S*seed-2", first)
+    assert re.match(r"the sweep was stopped: 1 of 4 jobs are done \(0_\S*seed-1\); not begun: ", second)
+    assert second.count("seed=3") == second.count("seed=4") == 1
+    assert len((tmp_path / "sweep" / "results.csv").read_text().splitlines()) == 3
+    stopped = re.search(r"resume=(\S+)", first)[1]
+    assert run("mnist-train", f"resume={stopped}").status == 0
+
+
+def test_a_checkpoint_every_so_many_seconds(run, tmp_path, failing, undisturbed, monkeypatch):
+    """Lost work is that since the last one: here the tenth, within the second epoch, cannot be written."""
+    monkeypatch.setattr(datamodule, "STRETCH", 200)  # several times an epoch, which has 1,293 digits here
+    failing(10, no_room)
+    words = (*SETTINGS, "checkpoint.every_seconds=1e-9")
+    said(run("mnist-train", *words, "hydra.run.dir=run"), "No space left", status=1)
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")[0]["epoch_so_far"]["position"] == 8
+    assert run("mnist-train", "resume=run").status == 0
+    equal(undisturbed, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(run, tmp_path, monkeypatch):
+    """The second epoch's learning rate is absurd; nothing of it is kept, however often checkpoints are written."""
+    schedule = (
+        "schedule=exponential",
+        "schedule.scheduler.gamma=1e30",
+        "optimizer=sgd",
+        "checkpoint.every_seconds=1e-9",
+    )
+    ended = run("mnist-train", *[w for w in SETTINGS if "schedule" not in w], *schedule, "hydra.run.dir=run")
+    said(ended, "is not finite", "at learning rate 5e+28", "try a smaller optimizer.lr", status=1)
+    assert STEPS < int(re.search(r"step (\d+)", ended.err)[1]) < 2 * STEPS
+    content, description = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert len(description.history) == 1
+    assert all(value.isfinite().all() for value in content["state_dict"].values())
 
 
 def flipped(path):
@@ -86,7 +192,7 @@ HARM = {
 
 @pytest.mark.parametrize("harm", HARM)
 def test_a_full_disk_costs_nothing_older_and_a_harmed_checkpoint_falls_back(run, tmp_path, failing, undisturbed, harm):
-    failing(6, no_room)
+    failing(3, no_room)
     ended = run("mnist-train", *SETTINGS, "hydra.run.dir=run")
     said(ended, "No space left on device", "mnist-train resume=", "run", status=1)
     folder = tmp_path / "run"
@@ -106,7 +212,7 @@ def test_a_full_disk_costs_nothing_older_and_a_harmed_checkpoint_falls_back(run,
 
 
 def test_a_run_without_a_whole_checkpoint_begins_again(run, tmp_path, failing, undisturbed):
-    failing(4, no_room)
+    failing(2, no_room)
     run("mnist-train", *SETTINGS, "hydra.run.dir=run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         path.write_bytes(b"")
@@ -117,22 +223,24 @@ def test_a_run_without_a_whole_checkpoint_begins_again(run, tmp_path, failing, u
 
 
 def test_the_folder_gone_in_the_middle_is_one_line(run, tmp_path, failing):
-    failing(4, lambda path: shutil.rmtree(tmp_path / "run"))
+    failing(2, lambda path: shutil.rmtree(tmp_path / "run"))
     said(run("mnist-train", *SETTINGS, "hydra.run.dir=run"), "run", "No such file or directory", status=1)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_last_is_the_last_epoch_although_an_earlier_one_is_best(run):
-    folder = run("mnist-train", *SETTINGS, "optimizer.lr=0.05", "epochs=9").folder()
+    worse = ("epochs=4", "optimizer.lr=0.003", "schedule=exponential", "schedule.scheduler.gamma=10")
+    words = [word for word in SETTINGS if not word.startswith(("schedule", "epochs"))]
+    folder = run("mnist-train", *words, *worse).folder()
     best, last = (read_checkpoint(folder / "checkpoints" / name)[1].history for name in ("best.ckpt", "last.ckpt"))
-    assert len(last) == 9
-    assert len(best) == metrics(folder)["tested_epoch"] < 9
+    assert len(last) == 4
+    assert len(best) == metrics(folder)["tested_epoch"] < 4
     accuracies = [row["val/accuracy"] for row in last]
     assert best[-1]["val/accuracy"] == max(accuracies)
 
 
 def test_two_processes_on_one_folder(run, tmp_path, failing):
-    failing(4, no_room)
+    failing(2, no_room)
     run("mnist-train", *SETTINGS, "hydra.run.dir=run")
     with resume.alone_in(tmp_path / "run"):
         said(run("mnist-train", "resume=run"), "run", "another process trains in this folder")
@@ -142,7 +250,7 @@ def test_two_processes_on_one_folder(run, tmp_path, failing):
 
 
 def test_every_differing_key_is_named(run, tmp_path, failing):
-    failing(4, no_room)
+    failing(2, no_room)
     run("mnist-train", *SETTINGS, "hydra.run.dir=run")
     words = ("seed=7", "data.batch_size=32", "architecture=mlp", "optimizer.lr=0.5", "data=mnist", "epochs=9")
     names = ("seed=1, not 7", "data.batch_size=64, not 32", "architecture=conv32_64_64, not mlp")
@@ -154,7 +262,7 @@ def test_every_differing_key_is_named(run, tmp_path, failing):
 
 
 def test_a_config_that_was_changed_by_hand_is_refused(run, tmp_path, failing):
-    failing(4, no_room)
+    failing(2, no_room)
     run("mnist-train", *SETTINGS, "hydra.run.dir=run")
     file = tmp_path / "run" / "config.yaml"
     content = yaml.safe_load(file.read_text())
@@ -176,7 +284,7 @@ def test_out_of_memory_names_batch_size_and_network(run, monkeypatch):
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(run, tmp_path, failing, undisturbed):
-    failing(4, no_room)
+    failing(2, no_room)
     run("mnist-train", *SETTINGS, "hydra.run.dir=run")
     for name in (".123.metrics.csv", "checkpoints/.77.last.ckpt", "checkpoints/new.ckpt"):
         (tmp_path / "run" / name).write_bytes(b"half")
