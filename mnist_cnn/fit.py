@@ -29,12 +29,11 @@ from mnist_cnn.resume import (
     Checkpoints,
     Stopped,
     WholeCheckpoints,
-    alone_in,
     failing_clearly,
     last_whole,
     stoppable,
 )
-from mnist_cnn.runs import describe_run, refuse_occupied, resumed, versions, write_csv, write_whole
+from mnist_cnn.runs import alone_in, describe_run, refuse_occupied, resumed, versions, write_csv, write_whole
 from mnist_cnn.schema import UserError
 from mnist_cnn.targets import made, tried
 

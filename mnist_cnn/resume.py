@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from filelock import FileLock, Timeout
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -182,28 +181,6 @@ def last_whole(folder: Path, config: Train) -> tuple[Path, float] | None:
         return path, seconds + content.get("epoch_so_far", {}).get("seconds", 0.0)
     log.warning("warning: %s has no whole checkpoint: it begins again", folder)
     return None
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """One process works in a run's folder at a time.
-
-    Raises:
-        UserError: another one does.
-    """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another") from None
-    try:
-        for place in (folder, folder / "checkpoints"):
-            for left in place.glob(".[0-9]*.*"):  # by a process that was killed while it wrote
-                left.unlink()
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 @contextmanager

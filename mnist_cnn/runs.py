@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from mnist_cnn.config import CONF, Train
@@ -108,6 +109,28 @@ def refuse_occupied(folder: Path) -> None:
         raise UserError(f"{folder} is another run's folder: choose another, or continue that run by resume={folder}")
     if (folder / "results.csv").exists() or any(folder.glob("*/.hydra")):
         raise UserError(f"{folder} is another sweep's folder: choose another")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process works in a run's folder at a time.
+
+    Raises:
+        UserError: another one does.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another") from None
+    try:
+        for place in (folder, folder / "checkpoints"):
+            for left in place.glob(".[0-9]*.*"):  # by a process that was killed while it wrote
+                left.unlink()
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Train, dict[str, Any]]:

@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from PIL import Image
 from test_messages import CHANGES, CHECKPOINTS, SETTINGS, said
 
-from mnist_cnn import resume
+from mnist_cnn import runs
 
 CONV = ("Conv2D", {"kernel_size": 3, "strides": 1, "filters": 1, "activation": "relu"}, (3, 3, 1, 1), (1,))
 LINEAR = (CONV[0], {**CONV[1], "activation": "linear"}, *CONV[2:])
@@ -375,7 +375,7 @@ def test_a_message(run, tmp_path, trained, monkeypatch, line, status, expected):
 
 def test_two_processes(run, tmp_path, trained):
     stopped_run(tmp_path / "stopped", trained)
-    with resume.alone_in(tmp_path / "stopped"):
+    with runs.alone_in(tmp_path / "stopped"):
         said(run("mnist-train", "resume=stopped"), "another process trains in this folder; wait for it")
 
 

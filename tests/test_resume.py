@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 from test_messages import said
 from test_train import metrics
 
-from mnist_cnn import datamodule, resume
+from mnist_cnn import datamodule, resume, runs
 from mnist_cnn.checkpoint import read_checkpoint
 from mnist_cnn.classifier import DigitClassifier
 
@@ -73,8 +73,8 @@ def equal(first, second):
 def signalled(monkeypatch):
     """Send this process a signal in the n-th step of training, or in the n-th of validation."""
 
-    def use(signum, number, method="manual_backward"):
-        work, calls = getattr(DigitClassifier, method), []
+    def use(signum, number, owner=torch.Tensor, method="backward"):
+        work, calls = getattr(owner, method), []
 
         def counted(*arguments, **options):
             calls.append(method)
@@ -82,7 +82,7 @@ def signalled(monkeypatch):
                 os.kill(os.getpid(), signum)
             return work(*arguments, **options)
 
-        monkeypatch.setattr(DigitClassifier, method, counted)
+        monkeypatch.setattr(owner, method, counted)
 
     return use
 
@@ -101,7 +101,7 @@ def test_a_signal_finishes_the_step_and_saves(run, tmp_path, signalled, undistur
 
 
 def test_a_signal_while_it_validates(run, tmp_path, signalled, undisturbed):
-    signalled(signal.SIGTERM, 2, "validation_step")
+    signalled(signal.SIGTERM, 2, DigitClassifier, "validation_step")
     assert run("mnist-train", *SETTINGS, "hydra.run.dir=run").status == 143
     assert len(read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")[1].history) == 1
     assert run("mnist-train", "resume=run").status == 0
@@ -242,10 +242,10 @@ def test_last_is_the_last_epoch_although_an_earlier_one_is_best(run):
 def test_two_processes_on_one_folder(run, tmp_path, failing):
     failing(2, no_room)
     run("mnist-train", *SETTINGS, "hydra.run.dir=run")
-    with resume.alone_in(tmp_path / "run"):
+    with runs.alone_in(tmp_path / "run"):
         said(run("mnist-train", "resume=run"), "run", "another process trains in this folder")
     (tmp_path / "new").mkdir()
-    with resume.alone_in(tmp_path / "new"):
+    with runs.alone_in(tmp_path / "new"):
         said(run("mnist-train", *SETTINGS, "hydra.run.dir=new"), "new", "another process trains in this folder")
 
 
