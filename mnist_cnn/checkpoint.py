@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mnist_cnn.architectures import ConvNet
 from mnist_cnn.config import Share
+from mnist_cnn.runs import write_whole
 from mnist_cnn.schema import Strict, UserError, validated
 from mnist_cnn.specification import Architecture
 
@@ -119,12 +120,21 @@ def rebuild(path: str | Path) -> tuple[ConvNet, Description]:
     return network_of(path, description, content["state_dict"]), description
 
 
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint; it appears under its name when it is whole and on the disk.
+
+    Raises:
+        OSError: there is no room, or no such folder; what was there before stays.
+    """
+    buffer = io.BytesIO()  # torch's own writer to a file has no clear error for a full disk
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())
+
+
 def save_weights(path: Path, description: Description, state: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint of weights and description; it appears under its name when it is whole."""
+    """Write a checkpoint of weights and description."""
     about = {**description.model_dump(), "format": FORMAT}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save({"state_dict": {name: value.clone() for name, value in state.items()}, "mnist_cnn": about}, temporary)
-    temporary.replace(path)
+    save(path, {"state_dict": {name: value.clone() for name, value in state.items()}, "mnist_cnn": about})
 
 
 def network_of(path: str | Path, description: Description, state: Any) -> ConvNet:

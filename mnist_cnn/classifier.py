@@ -17,12 +17,14 @@ from torch.optim import Optimizer
 from mnist_cnn.architectures import ConvNet
 from mnist_cnn.schema import RunError
 
+REMEDY = "try a smaller optimizer.lr, or a schedule that begins lower; the checkpoint before it is kept"
+
 Row = dict[str, float]
 Batch = tuple[Tensor, Tensor]
 
 
 def _batches(stretch: Batch | tuple[Batch, ...]) -> tuple[Batch, ...]:
-    return (stretch,) if isinstance(stretch[0], Tensor) else stretch  # type: ignore[return-value]
+    return (stretch,) if stretch and isinstance(stretch[0], Tensor) else stretch  # type: ignore[return-value]
 
 
 class DigitClassifier(pl.LightningModule):
@@ -36,10 +38,14 @@ class DigitClassifier(pl.LightningModule):
         scheduler: from the optimizer to a scheduler, where there is one.
         interval: step or epoch, when the scheduler moves.
         length: name of the scheduler's argument that takes the run's number of intervals.
-        seed: with the epoch it fixes dropout, so that a resumed epoch repeats itself.
+        seed: with the epoch it fixes dropout.
         description: plain values that a checkpoint carries beside the weights.
         report: is given the rows of all epochs so far at each epoch's end.
     """
+
+    loss_sum: Tensor
+    correct: Tensor
+    seen: int
 
     def __init__(
         self,
@@ -60,7 +66,8 @@ class DigitClassifier(pl.LightningModule):
         self.history: list[Row] = []
         self.automatic_optimization = False
         self.position = 0  # optimizer steps done in this epoch
-        self.stopping = False
+        self.stopping = 0  # the signal after which a stretch ends with the step that it is in
+        self.continued: dict[str, Any] | None = None  # what `so_far` gave in the middle of the epoch that comes first
         self._reset()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -82,7 +89,9 @@ class DigitClassifier(pl.LightningModule):
         counted = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress  # global_step reads it
         backward = self.manual_backward if hooks else Tensor.backward
         results: list[tuple[Tensor, Tensor, Tensor]] = []
+        rates: list[float] = []
         for images, labels in _batches(stretch):
+            rates.append(optimizer.param_groups[0]["lr"])
             logits = self.network(images)
             loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
@@ -99,6 +108,26 @@ class DigitClassifier(pl.LightningModule):
                 break
         self.position += len(results)
         self._count(results)
+        if self.device.type == "cpu" and not math.isfinite(self.loss_sum.item()):  # elsewhere this would wait
+            self._refuse([loss for loss, _, _ in results], rates)
+
+    def _refuse(self, losses: list[Tensor], rates: list[float]) -> None:
+        """End the run at the first of a stretch's losses that is not finite."""
+        first = next(index for index, loss in enumerate(losses) if not loss.isfinite())
+        step = self.global_step - len(losses) + first + 1
+        raise RunError(f"the loss of step {step:,} is not finite, at learning rate {rates[first]:g}: {REMEDY}")
+
+    def require_finite(self) -> None:
+        """Before a checkpoint is written: it must be one to continue from.
+
+        Raises:
+            RunError: a weight or a loss is not finite.
+        """
+        figures = [self.loss_sum.item(), *self._validated.values()]
+        if not all(map(math.isfinite, figures)) or not all(p.isfinite().all() for p in self.network.parameters()):
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            step = f"after step {self.global_step:,}, at learning rate {rate:g}"
+            raise RunError(f"the loss or a weight is not finite {step}: {REMEDY}")
 
     def validation_step(self, stretch: Batch | tuple[Batch, ...], index: int) -> None:
         results = []
@@ -111,9 +140,12 @@ class DigitClassifier(pl.LightningModule):
 
     def _count(self, results: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Add losses, logits (B, classes) and labels (B,) to the sums, on the device."""
+        if not results:
+            return  # an epoch that was stopped after its last step
         losses, logits, labels = zip(*results, strict=True)
         sizes = torch.tensor([len(part) for part in labels], device=self.device)
-        self.loss_sum += (torch.stack(losses).double() * sizes).sum()
+        # One after the other, so that the sum is the same wherever a run was stopped.
+        self.loss_sum = torch.cat([self.loss_sum[None], torch.stack(losses).double() * sizes]).cumsum(0)[-1]
         self.correct += (torch.cat(logits).argmax(1) == torch.cat(labels)).sum()
         self.seen += sum(len(part) for part in labels)
 
@@ -121,6 +153,9 @@ class DigitClassifier(pl.LightningModule):
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.seen = 0
+
+    def _sums(self) -> tuple[Tensor, Tensor, int]:
+        return self.loss_sum, self.correct, self.seen
 
     def running(self) -> tuple[float, float]:
         """Mean loss and accuracy over the digits seen since the part began."""
@@ -133,17 +168,35 @@ class DigitClassifier(pl.LightningModule):
     # --- epochs --------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self) -> None:
-        self.started = time.perf_counter()
-        self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # at the epoch's first step
-        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
         if not any(parameter.requires_grad for parameter in self.network.blocks.parameters()):
             self.network.blocks.eval()  # frozen: neither dropout nor batch norm's statistics move
         self._validated: Row = {}
-        self.position = 0
         self._reset()
+        so_far, self.continued = self.continued, None
+        if so_far is None:
+            self.position, self.started = 0, time.perf_counter()
+            self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # at the epoch's first step
+            torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+            return
+        self.started = time.perf_counter() - so_far["seconds"]
+        self.rate, self.seen = float(so_far["rate"]), int(so_far["seen"])
+        self.loss_sum, self.correct = so_far["loss_sum"].to(self.device), so_far["correct"].to(self.device)
+        torch.set_rng_state(so_far["random"])
+        if "cuda_random" in so_far and self.device.type == "cuda":
+            torch.cuda.set_rng_state(so_far["cuda_random"], self.device)
+
+    def so_far(self) -> dict[str, Any]:
+        """What an epoch needs to go on from `position` as if nothing had been: sums, dropout's random states."""
+        loss_sum, correct, seen = self._trained if self.trainer.validating else self._sums()
+        state: dict[str, Any] = {"loss_sum": loss_sum, "correct": correct, "seen": seen}
+        state |= {"position": self.position, "rate": self.rate, "seconds": time.perf_counter() - self.started}
+        state["random"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["cuda_random"] = torch.cuda.get_rng_state(self.device)
+        return state
 
     def on_validation_epoch_start(self) -> None:
-        self._trained = (self.loss_sum, self.correct, self.seen)
+        self._trained = self._sums()
         self._reset()
 
     def on_validation_epoch_end(self) -> None:
@@ -152,12 +205,8 @@ class DigitClassifier(pl.LightningModule):
         self.loss_sum, self.correct, self.seen = self._trained
 
     def on_train_epoch_end(self) -> None:
+        self.require_finite()
         trained = self._figures("train")
-        if not all(map(math.isfinite, (trained | self._validated).values())):
-            raise RunError(
-                f"the loss of epoch {self.current_epoch + 1} is not finite, at learning rate {self.rate:g}: "
-                "try a smaller optimizer.lr; no checkpoint of this epoch was written"
-            )
         self.log_dict({**trained, "step": float(self.global_step)})
         row: Row = {"epoch": self.current_epoch + 1, "step": self.global_step, **trained, **self._validated}
         row["learning_rate"] = self.rate
@@ -165,6 +214,7 @@ class DigitClassifier(pl.LightningModule):
         self.history.append(row)
         if self.make_scheduler is not None and self.interval == "epoch":
             self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        self.position = 0  # of the next epoch
         if self.report:
             self.report(self.history)
 
@@ -191,4 +241,6 @@ class DigitClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = [dict(row) for row in checkpoint["mnist_cnn"]["history"]]
-        self.trainer.datamodule.resumed = (len(self.history), 0)  # type: ignore[attr-defined]
+        self.continued = checkpoint.get("epoch_so_far")
+        self.position = self.continued["position"] if self.continued else 0
+        self.trainer.datamodule.resumed = (len(self.history), self.position)  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_cnn.config import CONF
@@ -43,10 +44,13 @@ class Console(logging.StreamHandler[TextIO]):
             super().handleError(record)
 
 
-def refuse(reason: object) -> NoReturn:
-    """End the command as the contract says for wrong input: one line on stderr, status 2."""
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # no fault of the user's input
+
+
+def refuse(reason: object, error: Exception | None = None) -> NoReturn:
+    """End the command as the contract says for wrong input: one line on stderr, status 2; 1 where a disk is full."""
     print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(1 if isinstance(error, OSError) and error.errno in NO_ROOM else 2)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -76,6 +80,11 @@ def in_one_line(error: Exception, config_name: str) -> str:
         return (
             f"{group}={option}: no such option{nearest(option, error.options)} (there are {', '.join(error.options)})"
         )
+    if isinstance(error, OverrideParseException):
+        reason = next(line for line in text.splitlines() if line.strip()).removeprefix("LexerNoViableAltException: ")
+        return f"{error.override}: expected key=value; quote what is special to Hydra, as in 'key=\"a b\"' ({reason})"
+    if text.startswith("Config group override"):
+        return f"a group takes the name of one of its options, such as architecture=conv10 ({text.splitlines()[0]})"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else text
     if match := re.match(
@@ -119,6 +128,7 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     # Hydra hands its errors on only in this mode; a user who asks for it gets the traceback as well.
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    logging.raiseExceptions = False  # a log that finds no room on the disk prints no traceback
     try:
         task()
     except Exception as error:
@@ -127,7 +137,7 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
         if traceback_wanted or (in_job and not isinstance(error, UserError | OSError)):
             raise
         GlobalHydra.instance().clear()
-        refuse(in_one_line(error, config_name))
+        refuse(in_one_line(error, config_name), error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     raise SystemExit(0)

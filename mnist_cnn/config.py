@@ -71,6 +71,10 @@ class Accelerator(Strict):
     threads: int | None = Field(default=None, ge=1, le=1024)
 
 
+class Checkpointing(Strict):
+    every_seconds: int | float = Field(gt=0)
+
+
 class Train(Strict):
     """The configuration of mnist-train; conf/train.yaml describes each key."""
 
@@ -83,6 +87,7 @@ class Train(Strict):
     seed: int = Field(ge=0, lt=2**32)
     epochs: int = Field(ge=1, le=100_000)
     selection: Literal["best", "last"]
+    checkpoint: Checkpointing
     resume: NonEmpty | None
     initialize: NonEmpty | None
     freeze: Literal["blocks"] | None

@@ -27,14 +27,14 @@ class Batches:
         stretch: 0 for plain batches; else this many batches at a time, as a tuple, for a step that takes several.
     """
 
-    def __init__(
-        self, digits: Digits, size: int, order: Callable[[], Tensor] | None = None, stretch: int = 0
-    ) -> None:
+    def __init__(self, digits: Digits, size: int, order: Callable[[], Tensor] | None = None, stretch: int = 0) -> None:
         self.digits, self.size, self.order, self.stretch = digits, size, order, stretch
 
     def __iter__(self) -> Iterator[Any]:
         images, labels = self.digits
         indices = self.order().to(labels.device) if self.order else None
+        if indices is not None and not len(indices):
+            yield ()  # a run was stopped after an epoch's last step: Lightning validates after a batch only
         count = max(self.stretch, 1) * self.size
         for start in range(0, len(labels) if indices is None else len(indices), count):
             if indices is None:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import hashlib
-import io
-import logging
-import socket
-import sys
-import tempfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from mnist_cnn.download import alone, download, md5_of
 from mnist_cnn.schema import UserError
-
-log = logging.getLogger(__name__)
 
 # md5 of the uncompressed files. MNIST's are the widely published ones; Fashion-MNIST's are those of the files
 # at github.com/zalandoresearch/fashion-mnist. KMNIST's are published for the .gz only: those are checked instead.
@@ -57,7 +47,6 @@ CLASSES = {  # as torchvision has them, without importing it
     ],
     "kmnist": ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"],
 }
-SECONDS_TO_WAIT_FOR_A_MIRROR = 20
 
 
 class Digits(NamedTuple):
@@ -79,86 +68,62 @@ def load(name: str, root: str | Path) -> tuple[Digits, Digits]:
         return _scikit_learn_digits()
     import torchvision
 
-    dataset_class = getattr(torchvision.datasets, TORCHVISION[name])
+    dataset = getattr(torchvision.datasets, TORCHVISION[name])
     folder = Path(root) / TORCHVISION[name] / "raw"
-    if not all((folder / _raw(file)).is_file() for file, _ in dataset_class.resources):
-        _download(dataset_class, Path(root), folder)
-    for file, md5 in dataset_class.resources:
-        _verify(folder / _raw(file), MD5[TORCHVISION[name]].get(_raw(file)), md5)
-    parts = [dataset_class(str(root), train=train) for train in (True, False)]
-    train, test = (Digits(part.data.unsqueeze(1), part.targets.to(torch.int64)) for part in parts)
-    return train, test
+    found, faults = _read(folder, dataset)
+    if faults:
+        try:
+            with alone(folder):
+                found, faults = _read(folder, dataset)  # another process may have been faster
+                for archive, fault in faults.items():
+                    found[archive] = download(folder, archive, fault, dataset)
+        except OSError as error:
+            raise UserError(
+                f"{next(iter(faults.values()))}, and {root} cannot be written: {error.strerror or error}; "
+                "set data.root or MNIST_CNN_DATA to another folder, or use data=digits"
+            ) from None
+    # idx: images have a header of 16 bytes, labels of 8. The checksum has said that all else is as it should be.
+    images, labels, test_images, test_labels = (
+        torch.frombuffer(bytearray(found[archive]), dtype=torch.uint8, offset=offset)
+        for (archive, _), offset in zip(dataset.resources, (16, 8, 16, 8), strict=True)
+    )
+    train = Digits(images.view(-1, 1, 28, 28), labels.to(torch.int64))
+    return train, Digits(test_images.view(-1, 1, 28, 28), test_labels.to(torch.int64))
+
+
+def _read(folder: Path, dataset: Any) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The files of a data set that are as published, and what is wrong with the others, by their archive's name."""
+    found, faults = {}, {}
+    for archive, md5 in dataset.resources:
+        try:
+            found[archive] = _checked(folder, archive, md5, MD5[dataset.__name__].get(_raw(archive)))
+        except UserError as fault:
+            faults[archive] = str(fault)
+    return found, faults
 
 
 def _raw(file: str) -> str:
     return file.removesuffix(".gz")
 
 
-def _verify(file: Path, md5: str | None, gz_md5: str) -> None:
-    """Compare with the published md5; where only the .gz has one, with the .gz beside it."""
+def _checked(folder: Path, archive: str, gz_md5: str, md5: str | None) -> bytes:
+    """A file's content, compared with the published md5; where only the .gz has one, with the .gz beside it."""
+    file = folder / _raw(archive)
     try:
         content = file.read_bytes()
+        if md5 is not None:
+            if (found := md5_of(content)) != md5:
+                it_has = f"it has {len(content):,} bytes and md5 {found}, expected md5 {md5}"
+                raise UserError(f"{file} is not the published file ({it_has})")
+            return content
+        packed = (folder / archive).read_bytes()
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    if md5 is not None:
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if found != md5:
-            raise UserError(
-                f"{file} is not the published file: it has {len(content):,} bytes and md5 {found}, expected md5 {md5}; "
-                "remove it and run the command again to download it"
-            )
-        return
-    archive = file.with_name(file.name + ".gz")
-    if not archive.is_file():
-        raise UserError(f"{file} cannot be checked: put {archive.name} (md5 {gz_md5}) beside it")
-    packed = archive.read_bytes()
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     # A gzip file ends with the checksum and the length of what it holds (RFC 1952).
     expected = zlib.crc32(content).to_bytes(4, "little") + (len(content) % 2**32).to_bytes(4, "little")
-    if hashlib.md5(packed, usedforsecurity=False).hexdigest() != gz_md5 or packed[-8:] != expected:
-        raise UserError(
-            f"{file} and {archive.name} are not the published files (expected md5 {gz_md5} for the .gz); "
-            "remove both and run the command again to download them"
-        )
-
-
-def _download(dataset_class: type, root: Path, folder: Path) -> None:
-    """Fetch by torchvision into a temporary folder, then move whole files: one process at a time."""
-    name = dataset_class.__name__
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / ".download.lock"):
-            files = [_raw(file) for file, _ in dataset_class.resources]  # type: ignore[attr-defined]
-            if all((folder / file).is_file() for file in files):
-                return  # another process was faster
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as temporary:
-                _fetch(dataset_class, temporary)
-                for file in sorted(Path(temporary, name, "raw").iterdir()):
-                    file.replace(folder / file.name)
-    except OSError as error:
-        raise UserError(
-            f"{name} is not in {root} and cannot be written there: {error.strerror or error}; "
-            "set data.root or MNIST_CNN_DATA to another folder, or use data=digits"
-        ) from None
-
-
-def _fetch(dataset_class: type, temporary: str) -> None:
-    log.info("downloading %s", dataset_class.__name__)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SECONDS_TO_WAIT_FOR_A_MIRROR)  # torchvision sets none and would wait for ever
-    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(bars):
-            dataset_class(temporary, download=True)
-    except (RuntimeError, OSError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        mirrors = ", ".join(dataset_class.mirrors)  # type: ignore[attr-defined]
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{dataset_class.__name__} could not be downloaded; tried {mirrors} ({reason}). Put the files into "
-            f"ROOT/{dataset_class.__name__}/raw and set data.root=ROOT, or set MNIST_CNN_DATA to a folder that has "
-            "them, or use data=digits, which needs no download"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(before)
+    if md5_of(packed) != gz_md5 or packed[-8:] != expected:
+        raise UserError(f"{file} and {archive} are not the published files (expected md5 {gz_md5} for the .gz)")
+    return content
 
 
 def _scikit_learn_digits() -> tuple[Digits, Digits]:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from omegaconf import DictConfig
 from mnist_cnn.command import plain, run_command
 from mnist_cnn.config import CONF, Export
 from mnist_cnn.jobs import guarded
+from mnist_cnn.runs import whole
 from mnist_cnn.schema import UserError, validated
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ def export(config: Export) -> Path:
     network, description = rebuild(config.checkpoint)
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{os.getpid()}.{output.name}")  # keeps its ending
     writers = {"onnx": write_onnx, "torch_export": write_torch_export, "safetensors": write_safetensors}
-    try:
+    with whole(output) as temporary:
         try:
             probabilities = writers[config.format](network.eval(), description, temporary)
         except ImportError as error:
@@ -63,9 +62,6 @@ def export(config: Export) -> Path:
         difference = largest_difference(probabilities, lambda digits: checkpoint.logits(digits).softmax(1))
         if not difference <= TOLERANCE:
             raise UserError(f"{output} was not written: probabilities differ from the checkpoint's by {difference:.1e}")
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
     log.info("probabilities equal to %.1e at batches of %s", difference, ", ".join(map(str, BATCHES)))
     log.info("%s", output)
     return output

@@ -5,30 +5,35 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from mnist_cnn.architectures import ConvNet, summary
-from mnist_cnn.checkpoint import FORMAT, find_device, read_checkpoint, rebuild
+from mnist_cnn.checkpoint import FORMAT, find_device, rebuild
 from mnist_cnn.classifier import DigitClassifier, Row
 from mnist_cnn.config import Train
 from mnist_cnn.datamodule import MNISTDataModule
 from mnist_cnn.inference import Classifier, load_classifier
 from mnist_cnn.metrics import Scores, score
 from mnist_cnn.progress import bars, epoch_line, quiet
-from mnist_cnn.runs import describe_run, refuse_occupied, resumed, versions, write_csv, write_whole
+from mnist_cnn.resume import (
+    PREVIOUS,
+    Checkpoints,
+    Stopped,
+    WholeCheckpoints,
+    failing_clearly,
+    last_whole,
+    stoppable,
+)
+from mnist_cnn.runs import alone_in, describe_run, refuse_occupied, resumed, versions, write_csv, write_whole
 from mnist_cnn.schema import UserError
 from mnist_cnn.targets import made, tried
 
@@ -47,8 +52,19 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
         if finished:
             log.info("%s has finished already: nothing was changed", folder)
             return finished
-    else:
-        refuse_occupied(folder)
+    with alone_in(folder), stoppable(folder) as training:
+        if not config.resume:
+            refuse_occupied(folder)
+        return _fit(config, folder, overrides, choices, training)
+
+
+def _fit(
+    config: Train,
+    folder: Path,
+    overrides: Sequence[str],
+    choices: Mapping[str, Any],
+    training: list[DigitClassifier],
+) -> Metrics:
     quiet()
     device = find_device(config.accelerator.name)
     if config.accelerator.threads:
@@ -58,9 +74,8 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
 
     data = MNISTDataModule(**config.data.model_dump(), seed=config.seed, stretches=True)
     data.setup()
-    last = folder / "checkpoints" / "last.ckpt"
-    continued = last if config.resume and last.exists() else None
-    network, config = first_network(config, data, overrides, continued)
+    continued = last_whole(folder, config) if config.resume else None
+    network, config = first_network(config, data, overrides, continued is not None)
     network.onednn = True
     log.info("%s", data.shapes())
     log.info("%s", summary(network.specification, len(data.classes)))
@@ -68,10 +83,15 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
     trainer = trainer_for(config, data, folder, device)
     describe_run(folder, config, overrides, choices)
 
-    earlier = sum(row["seconds"] for row in read_checkpoint(continued)[1].history) if continued else 0.0
+    path, earlier = continued or (None, 0.0)
     start = time.perf_counter()
-    with stoppable(folder):
-        trainer.fit(classifier, datamodule=data, ckpt_path=continued, weights_only=True)
+    training.append(classifier)  # from here on a signal lets it finish its step and save
+    with failing_clearly(folder, config, network):
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        trainer.fit(classifier, datamodule=data, ckpt_path=path, weights_only=True)
+    training.clear()
+    if classifier.stopping:
+        raise Stopped(classifier.stopping)
     seconds = earlier + time.perf_counter() - start
 
     # The test set is looked at once, through the checkpoint that the user keeps.
@@ -85,13 +105,14 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
     if config.plots:
         draw(folder / "plots", best, data, classifier.history, logits.argmax(1), scores)
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    (folder / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
     log.info("%s", scores.headline("test"))
     log.info("%s", folder)
     return metrics
 
 
 def first_network(
-    config: Train, data: MNISTDataModule, overrides: Sequence[str], continued: Path | None
+    config: Train, data: MNISTDataModule, overrides: Sequence[str], continued: bool
 ) -> tuple[ConvNet, Train]:
     """The network before its first step, and the configuration with the architecture that it really has."""
     if continued or not config.initialize:  # a continued run has its weights from its own last checkpoint
@@ -165,70 +186,24 @@ def keep_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
-class BestAndLast(ModelCheckpoint):
-    """Lightning's checkpoints, whose bookkeeping survives that a run's folder is moved or renamed."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
-
-
 def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torch.device) -> pl.Trainer:
     """Lightning's Trainer, with nothing in it that costs time each step."""
     validated = len(data.validation.labels) > 0
-    checkpoints = BestAndLast(
-        folder / "checkpoints",
-        filename="best",
-        monitor="val/accuracy" if validated and config.selection == "best" else None,
-        mode="max",
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
+    monitor = "val/accuracy" if validated and config.selection == "best" else None
     return pl.Trainer(
         accelerator=device.type,
         devices=1,
         precision=config.accelerator.precision,
         max_epochs=config.epochs,
         logger=made(config.logger, "logger") if config.logger else False,
-        callbacks=[checkpoints, *bars(config.epochs)],
+        callbacks=[Checkpoints(folder / "checkpoints", monitor, config.checkpoint.every_seconds), *bars(config.epochs)],
+        plugins=[WholeCheckpoints()],
         limit_val_batches=None if validated else 0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM came while the network trained."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-
-
-@contextmanager
-def stoppable(folder: Path) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run with the line that continues it, and status 130 or 143."""
-
-    def stop(signum: int, _: Any) -> None:
-        raise Stopped(signum)
-
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, stop) for number in signals}
-    try:
-        yield
-    except Stopped as stopped:
-        name = signal.Signals(stopped.signum).name
-        log.error("stopped by %s; continue with: mnist-train resume=%s", name, folder)
-        raise SystemExit(128 + stopped.signum) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def metrics_of(best: Classifier, scores: Scores, epochs: int, seconds: float) -> Metrics:

@@ -35,6 +35,7 @@ SCHEMAS: dict[str, type[Strict]] = {
     "import": Import,
 }
 _claimed: set[Path] = set()  # folders that this process made for itself
+_planned: list[list[str]] = []  # the overrides of each job of this process's sweep
 
 
 class RunFolder(Callback):
@@ -52,12 +53,13 @@ class RunFolder(Callback):
             elif config.hydra.output_subdir is not None:
                 set_hydra(config, claim(Path(config.hydra.run.dir), chosen(config, "hydra.run.dir")))
         except (UserError, OSError, OmegaConfBaseException) as error:
-            refuse(in_one_line(error, config.hydra.job.config_name))
+            refuse(in_one_line(error, config.hydra.job.config_name), error)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         name = config.hydra.job.config_name
         try:
-            for job in planned_jobs(config):
+            _planned[:] = planned_jobs(config)
+            for job in _planned:
                 composed = hydra.compose(name, job, return_hydra_config=True)
                 settings = validated(SCHEMAS[name], plain_job(composed))
                 if isinstance(settings, Train) and settings.resume:
@@ -66,19 +68,38 @@ class RunFolder(Callback):
                 folder = claim(Path(config.hydra.sweep.dir), chosen(config, "hydra.sweep.dir"))
                 config.hydra.sweep.dir = str(folder)
         except (UserError, OSError, OmegaConfBaseException) as error:
-            refuse(in_one_line(error, name))
+            refuse(in_one_line(error, name), error)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        rows = [job_row(job.parent) for job in sorted(folder.glob("*/.hydra"), key=lambda job: number(job.parent))]
-        if not rows or config.hydra.job.config_name != "train":
-            return
+        if config.hydra.job.config_name == "train" and any(
+            row["error"] for row in conclude(Path(config.hydra.sweep.dir))
+        ):
+            raise SystemExit(1)
+
+
+def conclude(folder: Path) -> list[dict[str, Any]]:
+    """Write and show a sweep's table of the jobs that have begun."""
+    rows = [job_row(job.parent) for job in sorted(folder.glob("*/.hydra"), key=lambda job: number(job.parent))]
+    if rows:
         # Best first by validation; a sweep without validation stays in the order of its jobs.
         rows.sort(key=lambda row: -(row["val/accuracy"] or 0.0))
         write_csv(folder / "results.csv", rows)
         log.info("%s\n%s", results_table(rows), folder / "results.csv")
-        if any(row["error"] for row in rows):
-            raise SystemExit(1)
+    return rows
+
+
+def stop_sweep(folder: Path) -> None:
+    """Say which jobs of a sweep are done, which one was stopped, and what was not begun."""
+    rows = conclude(folder)
+    done = sorted((row["job"] for row in rows if not row["error"]), key=lambda job: number(Path(job)))
+    left = [" ".join(job) for job in _planned[len(rows) :]]
+    log.error(
+        "the sweep was stopped: %d of %d jobs are done%s; not begun: %s",
+        len(done),
+        len(_planned),
+        f" ({', '.join(done)})" if done else "",
+        " | ".join(left) or "none",
+    )
 
 
 def plain_job(config: DictConfig, folder: Path = Path()) -> dict[str, Any]:
@@ -188,6 +209,11 @@ def guarded(work: Callable[[], Any], folder: Path) -> Any:
         status, reason = 1, str(error)
     except OSError as error:
         status, reason = 1, in_one_line(error, "train")
+    except SystemExit as stopped:
+        discard(folder)
+        if HydraConfig.get().mode == RunMode.MULTIRUN and stopped.code not in (None, 0, 1, 2):
+            stop_sweep(Path(HydraConfig.get().sweep.dir))
+        raise
     reason = " ".join(reason.split())
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         log.error("error: job %s: %s", folder.name, reason)

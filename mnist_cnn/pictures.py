@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import glob
 import io
+import math
 import os
 import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mnist_cnn.images import MAXIMUM_PIXELS
 from mnist_cnn.schema import UserError
@@ -23,7 +25,9 @@ from mnist_cnn.schema import UserError
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 FORMATS = ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"]
 ARRAYS = {".npy", ".npz"}
-MAXIMUM_ARRAY = 2**33  # bytes of an array in a .npz, which is unpacked whole
+# Larger pictures are averaged down, so that none takes gigabytes; a page of A4 at 300 dpi has 8.7 million.
+MOST_PIXELS, MOST_TRANSPARENT = 12_000_000, 4_000_000
+MAXIMUM_ARRAY = 2**29  # bytes of an array in a .npz, which is unpacked whole
 
 
 class Source(NamedTuple):
@@ -130,7 +134,10 @@ def _idx(path: Path) -> NDArray[np.uint8]:
         header = np.frombuffer(file.read(16), ">i4")
     if len(header) != 4 or header[0] != 0x803 or (header[1:] < 1).any():
         raise ValueError("not an idx file of uint8 images")
-    return np.memmap(path, np.uint8, "r", offset=16, shape=tuple(int(size) for size in header[1:]))
+    shape = tuple(int(size) for size in header[1:])
+    if 16 + math.prod(shape) > path.stat().st_size:
+        raise ValueError(f"it is shorter than images of {shape} are")
+    return np.memmap(path, np.uint8, "r", offset=16, shape=shape)
 
 
 def _each(name: str, array: NDArray[Any]) -> Iterator[Source]:
@@ -160,10 +167,41 @@ def read_picture(file: str | Path | io.BytesIO) -> Image.Image:
             picture = Image.open(file, formats=FORMATS)
             if picture.width * picture.height > MAXIMUM_PIXELS:
                 raise UserError(f"{picture.width}×{picture.height} pixels; at most {MAXIMUM_PIXELS:,} are read")
-            picture.load()
-            return picture
+            with _libtiff_silent() if picture.format == "TIFF" else nullcontext():
+                picture.load()
+            most = MOST_TRANSPARENT if picture.has_transparency_data else MOST_PIXELS
+            factor = math.ceil(math.sqrt(picture.width * picture.height / most))
+            return picture if factor == 1 else _averaged(picture, factor)
     except FileNotFoundError:
         raise UserError("does not exist") from None
+    except UnidentifiedImageError:
+        raise UserError(f"is not a picture that can be read (expected {', '.join(FORMATS)})") from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"is not a picture that can be read ({reason})") from None
+
+
+@contextmanager
+def _libtiff_silent() -> Iterator[None]:
+    """libtiff writes what it finds wrong straight to the process's stderr; the exception says enough."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+
+def _averaged(picture: Image.Image, factor: int) -> Image.Image:
+    """A picture at 1/factor of its size, strip by strip: Pillow converts the whole before it reduces."""
+    grey = picture.mode in ("1", "L", "I", "F") or picture.mode.startswith("I;16")
+    mode = "RGBA" if picture.has_transparency_data else ("F" if picture.mode[0] in "IF" else "L") if grey else "RGB"
+    small = Image.new(mode, (-(-picture.width // factor), -(-picture.height // factor)))
+    for top in range(0, picture.height, 64 * factor):
+        strip = picture.crop((0, top, picture.width, min(top + 64 * factor, picture.height)))
+        small.paste(strip.convert(mode).reduce(factor), (0, top // factor))
+    if "exif" in picture.info:
+        small.info["exif"] = picture.info["exif"]  # how the camera was held
+    return small

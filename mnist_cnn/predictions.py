@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -91,13 +90,13 @@ class File:
         raise NotImplementedError
 
     def close(self, whole: bool) -> None:
-        self.end()
-        if whole:
-            self.temporary.replace(self.path)
-            log.info("%s", self.path)
-        else:
-            with suppress(OSError):
-                self.temporary.unlink()
+        try:
+            self.end()
+            if whole:
+                self.temporary.replace(self.path)
+                log.info("%s", self.path)
+        finally:
+            self.temporary.unlink(missing_ok=True)
 
 
 class Csv(File):

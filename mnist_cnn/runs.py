@@ -7,13 +7,15 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from mnist_cnn.config import CONF, Train
@@ -22,22 +24,33 @@ from mnist_cnn.schema import UserError, validated
 PACKAGES = ("mnist-cnn", "torch", "torchvision", "pytorch-lightning", "hydra-core")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that a reader finds the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write under; the file appears as `path` once it is whole and on the disk, or not at all."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps its ending
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write so that a reader finds the old file or the new one."""
+    with whole(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
     """The rows under `columns`, or else under the union of their keys in order of first appearance."""
     columns = columns or list(dict.fromkeys(key for row in rows for key in row))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)
 
 
 def versions() -> dict[str, str]:
@@ -98,6 +111,28 @@ def refuse_occupied(folder: Path) -> None:
         raise UserError(f"{folder} is another sweep's folder: choose another")
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process works in a run's folder at a time.
+
+    Raises:
+        UserError: another one does.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another") from None
+    try:
+        for place in (folder, folder / "checkpoints"):
+            for left in place.glob(".[0-9]*.*"):  # by a process that was killed while it wrote
+                left.unlink()
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Train, dict[str, Any]]:
     """The run's own configuration to continue with, and its metrics where it has finished.
 
@@ -107,17 +142,18 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
     stored, run = read_run(folder)
     ours, theirs = stored.model_dump(), config.model_dump()
     named = [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in overrides]
+    differing = []
     for word, key in zip(overrides, named, strict=True):
-        if key.startswith(("resume", "plots", "epochs", "accelerator", "data.root")):
+        if key.startswith(("resume", "plots", "epochs", "accelerator", "data.root", "checkpoint")):
             continue
         if key in run["choices"]:
             was, asked = run["choices"][key], word.partition("=")[2]
         else:
             was, asked = (OmegaConf.select(OmegaConf.create(settings), key) for settings in (ours, theirs))
         if was != asked:
-            raise UserError(
-                f"resume={folder}: the run has {key}={was}, not {asked}; leave {key} out or start a new run"
-            )
+            differing.append(f"{key}={was}, not {asked}")
+    if differing:
+        raise UserError(f"resume={folder}: the run has {'; '.join(differing)}; leave that out or start a new run")
     epochs = config.epochs if "epochs" in named else stored.epochs
     if epochs < stored.epochs:
         raise UserError(f"resume={folder}: the run has epochs={stored.epochs}; epochs may only grow, not be {epochs}")
@@ -128,6 +164,7 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
     moved = "data.root" in named or not Path(stored.data.root).is_dir()
     data = stored.data.model_copy(update={"root": config.data.root if moved else stored.data.root})
     update: dict[str, Any] = {"resume": config.resume, "epochs": epochs, "data": data, "plots": config.plots}
-    if any(key.startswith("accelerator") for key in named):
-        update["accelerator"] = config.accelerator
+    for part in ("accelerator", "checkpoint"):
+        if any(key.startswith(part) for key in named):
+            update[part] = getattr(config, part)
     return stored.model_copy(update=update), metrics if metrics.get("epochs", 0) >= epochs else {}

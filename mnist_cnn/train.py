@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -58,8 +57,7 @@ def train(config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:
     folder: Path | None = None
     previous = HydraConfig.instance().cfg
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose("train", overrides, return_hydra_config=True)
+        composed = composed_of(overrides)
         if isinstance(config, Mapping):
             settings_alone = {key: value for key, value in config.items() if key != "run"}  # config.yaml's record
             whole = OmegaConf.merge({"hydra": composed.hydra}, settings_alone)
@@ -72,12 +70,20 @@ def train(config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:
         from mnist_cnn.fit import fit
 
         return fit(settings, folder, overrides, {} if isinstance(config, Mapping) else composed.hydra.runtime.choices)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, OmegaConfBaseException) as error:
         if folder:
             discard(folder)
         raise UserError(in_one_line(error, "train")) from None
     finally:
         HydraConfig.instance().cfg = previous
+
+
+def composed_of(overrides: list[str]) -> DictConfig:
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose("train", overrides, return_hydra_config=True)
+    except Exception as error:  # Hydra has no common one for a wrong override
+        raise UserError(in_one_line(error, "train")) from None
 
 
 class _Callable(ModuleType):

@@ -1,19 +1,10 @@
-"""Splits, normalisation, whole batches; verified files and careful downloads."""
+"""Splits, normalisation, whole batches, the order of an epoch."""
 
-import gzip
-import hashlib
-import http.server
-import shutil
-import struct
-import threading
-
-import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import REPOSITORY
 
-from mnist_cnn import datasets
 from mnist_cnn.datamodule import MNISTDataModule
 from mnist_cnn.schema import UserError
 
@@ -110,109 +101,6 @@ def test_real_mnist(mnist_root):
     assert torch.equal(data.test.labels, raw.targets)
     assert int(data.test.labels[0]) == 7  # as tutorial 002 says
     assert "(54000, 1, 28, 28)" in data.shapes()
-
-
-@pytest.mark.parametrize("harm", ["missing", "truncated", "altered"])
-def test_real_mnist_harmed_is_named(mnist_root, tmp_path, harm, monkeypatch):
-    shutil.copytree(mnist_root / "MNIST", tmp_path / "MNIST")
-    file = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
-    file.chmod(0o644)
-    file.parent.chmod(0o755)
-    content = bytearray(file.read_bytes())
-    content[5_000_000] ^= 1
-    file.write_bytes(content[:7_000_000] if harm == "truncated" else content)
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    if harm == "missing":
-        file.unlink()
-    with pytest.raises(UserError) as refusal:
-        datasets.load("mnist", tmp_path)
-    words = (
-        ["127.0.0.1:9", "MNIST_CNN_DATA", "data=digits", "data.root"] if harm == "missing" else [str(file), "2646ac"]
-    )
-    for word in words:
-        assert word in str(refusal.value)
-
-
-def idx(array):
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-@pytest.fixture
-def small_mnist(tmp_path, monkeypatch):
-    """A mirror on loopback with a small MNIST, whose checksums stand for the published ones."""
-    random = np.random.default_rng(0)
-    files = {}
-    for part, count in (("train", 50), ("t10k", 20)):
-        files[f"{part}-images-idx3-ubyte"] = idx(random.integers(0, 256, (count, 28, 28), dtype=np.uint8))
-        files[f"{part}-labels-idx1-ubyte"] = idx(random.integers(0, 10, count, dtype=np.uint8))
-    site = tmp_path / "site"
-    site.mkdir()
-    for name, content in files.items():
-        (site / f"{name}.gz").write_bytes(gzip.compress(content))
-    requests = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, directory=str(site), **options)
-
-        def do_GET(self):
-            requests.append(self.path)
-            super().do_GET()
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def md5(content):
-        return hashlib.md5(content).hexdigest()
-
-    archives = [(f"{name}.gz", md5((site / f"{name}.gz").read_bytes())) for name in files]
-    for dataset in (torchvision.datasets.MNIST, torchvision.datasets.KMNIST):
-        monkeypatch.setattr(dataset, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-        monkeypatch.setattr(dataset, "resources", archives)
-    monkeypatch.setitem(datasets.MD5, "MNIST", {name: md5(content) for name, content in files.items()})
-    yield site, requests
-    server.shutdown()
-
-
-@pytest.mark.parametrize("name", ["mnist", "kmnist"])
-def test_missing_files_are_downloaded_once_by_many_at_once(small_mnist, tmp_path, name):
-    _, requests = small_mnist
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(datasets.load(name, tmp_path / "d"))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 8
-    assert all(train.images.shape == (50, 1, 28, 28) for train, _ in found)
-    assert len(requests) == 8  # of four files, each after a look for redirects
-    names = {file.name for file in (tmp_path / "d").rglob("*") if file.is_file()} - {".download.lock"}
-    assert names == {name + suffix for name in datasets.MD5["MNIST"] for suffix in ("", ".gz")}
-
-
-def test_a_download_that_breaks_off_leaves_no_file(small_mnist, tmp_path):
-    site, _ = small_mnist
-    last = site / "t10k-labels-idx1-ubyte.gz"
-    last.write_bytes(last.read_bytes()[:-4])
-    with pytest.raises(UserError, match="could not be downloaded"):
-        datasets.load("mnist", tmp_path / "d")
-    assert [file.name for file in (tmp_path / "d").rglob("*") if file.is_file()] == [".download.lock"]
-
-
-def test_kmnist_is_checked_against_its_archives(small_mnist, tmp_path):
-    datasets.load("kmnist", tmp_path)
-    file = tmp_path / "KMNIST" / "raw" / "train-labels-idx1-ubyte"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(UserError, match="train-labels-idx1-ubyte"):
-        datasets.load("kmnist", tmp_path)
-    file.with_name(file.name + ".gz").unlink()
-    with pytest.raises(UserError, match="cannot be checked"):
-        datasets.load("kmnist", tmp_path)
 
 
 def test_no_mnist_is_in_the_repository():

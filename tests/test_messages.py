@@ -77,7 +77,7 @@ SETTINGS = [
     (["hydra.run.dir=/dev/null/run"], ["/dev/null/run"]),
     (["schedule=exponential", "schedule.scheduler.gamma=abc"], ["schedule.scheduler", "ExponentialLR", "abc"]),
     (["optimizer.betas=[0.9]"], ["optimizer", "Adam"]),
-    (["optimizer=null"], ["group override must be a string"]),
+    (["optimizer=null"], ["a group takes the name of one of its options"]),
     (["accelerator.threads=100000"], ["accelerator.threads=100000", "less than or equal to 1024"]),
     (["data.validation=1436", "data.validation_from=random"], ["data.validation=1436", "10 to 1,427"]),
     (["resume="], ["resume is empty"]),

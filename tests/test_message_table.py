@@ -1,0 +1,434 @@
+"""Every message that a user can cause: the command, its exact status, the words of its one line.
+
+`SETTINGS` of test_messages.py has those of mnist-train's settings. The last test finds a message without a row.
+"""
+
+import ast
+import json
+import shlex
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from PIL import Image
+from test_messages import CHANGES, CHECKPOINTS, SETTINGS, said
+
+from mnist_cnn import runs
+
+CONV = ("Conv2D", {"kernel_size": 3, "strides": 1, "filters": 1, "activation": "relu"}, (3, 3, 1, 1), (1,))
+LINEAR = (CONV[0], {**CONV[1], "activation": "linear"}, *CONV[2:])
+FLAT = ("Flatten", {})
+OUT = ("Dense", {"units": 10, "activation": "softmax"}, (784, 10), (10,))
+POOL = {"pool_size": 2, "strides": 2}
+
+
+def keras_model(*layers, kind="Sequential"):
+    """A .h5 file as Keras writes it, of (class, settings, shape of each weight...)."""
+
+    def make(path, run_folder):
+        h5py = pytest.importorskip("h5py")
+        named = [
+            (name, {"name": f"layer{i}", **settings}, shapes) for i, (name, settings, *shapes) in enumerate(layers)
+        ]
+        config = [{"class_name": name, "config": settings} for name, settings, _ in named]
+        with h5py.File(path, "w") as file:
+            file.attrs["model_config"] = json.dumps({"class_name": kind, "config": {"layers": config}})
+            weights = file.create_group("model_weights")
+            weights.attrs["layer_names"] = [settings["name"] for _, settings, _ in named]
+            for _, settings, shapes in named:
+                group = weights.create_group(settings["name"])
+                group.attrs["weight_names"] = [f"w{number}" for number in range(len(shapes))]
+                for number, shape in enumerate(shapes):
+                    group[f"w{number}"] = np.zeros(shape, np.float32)
+
+    return make
+
+
+def zipped(config_size, compressed):
+    def make(path, run_folder):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
+            archive.writestr("config.json", b" " * config_size)
+            archive.writestr("model.weights.h5", bytes(10**6 if compressed else 1))
+
+    return make
+
+
+def branching(path, run_folder):
+    layers = [("Flatten", {}), ("Dense", {"units": 10})]
+    keras_model(*layers, kind="Functional")(path, run_folder)
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        model = json.loads(file.attrs["model_config"])
+        model["config"]["layers"][1]["inbound_nodes"] = [[["other", 0, 0, {}]]]
+        file.attrs["model_config"] = json.dumps(model)
+
+
+def other_checkpoint(change):
+    """The run's best checkpoint after `change`."""
+
+    def make(path, run_folder):
+        content = torch.load(run_folder / "checkpoints" / "best.ckpt", weights_only=True)
+        change(content)
+        torch.save(content, path)
+
+    return make
+
+
+def two_classes(content):
+    content["mnist_cnn"]["classes"] = ["even", "odd"]
+    for name in ("network.logits.weight", "network.logits.bias"):
+        content["state_dict"][name] = content["state_dict"][name][:2].clone()
+
+
+def weight(value):
+    return other_checkpoint(lambda content: content["state_dict"].update({"network.logits.bias": value}))
+
+
+def sparse_file(path, run_folder):
+    with path.open("wb") as file:
+        file.truncate(2**30 + 1)
+
+
+def long_description(path, run_folder):
+    torch.save({"state_dict": {}, "mnist_cnn": {"text": "x" * (2**24 + 1)}}, path)
+
+
+def overlapping(path, run_folder):
+    """A zip whose directory says that a record is larger than the file."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data/0", b"1234")
+    content = path.read_bytes()
+    path.write_bytes(content.replace((4).to_bytes(4, "little") * 2, (10**6).to_bytes(4, "little") * 2))
+
+
+def compressed(path, run_folder):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data/0", bytes(1000))
+
+
+def stopped_run(path, run_folder, **changes):
+    """A run of 2 epochs without its metrics, as one that was interrupted leaves it."""
+    import shutil
+
+    shutil.copytree(run_folder, path)
+    (path / "metrics.json").unlink()
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    for key, value in changes.items():
+        config[key] = value if not isinstance(value, dict) else {**config[key], **value}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def array(value, **options):
+    return lambda path, run_folder: np.save(path, value, **options)
+
+
+def text(content):
+    return lambda path, run_folder: path.write_text(content)
+
+
+def idx(*header):
+    return lambda path, run_folder: path.write_bytes(np.array(header, ">i4").tobytes() + bytes(9))
+
+
+def data_folder(path, run_folder):
+    raw = path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(b"short")
+
+
+def kmnist_folder(path, run_folder):
+    raw = path / "KMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(b"short")
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(b"no archive")
+
+
+def large_npz(path, run_folder):
+    """Its directory says that an array has 4 GiB."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("digits.npy", b"1234")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\x01\x02")
+    content[at + 24 : at + 28] = (0xFFFFFFF0).to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+# A word of a command that stands here is a file or folder made for it.
+FILES = {
+    "newer.ckpt": other_checkpoint(lambda content: content["mnist_cnn"].update(format=99)),
+    "odd.ckpt": other_checkpoint(lambda content: content["mnist_cnn"]["architecture"].update(dense="x")),
+    "two.ckpt": other_checkpoint(two_classes),
+    "sparse.ckpt": weight(torch.zeros(10).to_sparse()),
+    "double.ckpt": weight(torch.zeros(10).double()),
+    "expanded.ckpt": weight(torch.zeros(1).expand(10)),
+    "lacking.ckpt": other_checkpoint(lambda content: content["state_dict"].pop("network.logits.bias")),
+    "long.ckpt": long_description,
+    "overlapping.ckpt": overlapping,
+    "compressed.ckpt": compressed,
+    "huge.onnx": sparse_file,
+    "foreign.safetensors": lambda path, _: __import__("safetensors.torch").torch.save_file({"a": torch.zeros(1)}, path),
+    "damaged.safetensors": lambda path, _: __import__("safetensors.torch").torch.save_file(
+        {"a": torch.zeros(1)}, path, metadata={"mnist_cnn": "{"}
+    ),
+    "bytes.onnx": text("hello"),
+    "bytes.safetensors": text("hello"),
+    "text.png": text("hello"),
+    "wide.png": lambda path, _: Image.new("1", (70_000, 1000)).save(path),
+    "small.png": lambda path, _: Image.new("L", (20, 30)).save(path),
+    "noise.png": lambda path, _: Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (40, 40)).astype(np.uint8)
+    ).save(path),
+    "cut.jpg": lambda path, _: path.write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF\0"),
+    "empty": lambda path, _: path.mkdir(),
+    "binary.txt": lambda path, _: path.write_bytes(b"\xff\xfe\xff"),
+    "five.npy": array(np.zeros((1, 2, 3, 4, 5))),
+    "line.npy": array(np.zeros((2, 0, 28), np.uint8)),
+    "words.npy": array(np.array([["a", "b"]])),
+    "nan.npy": array(np.full((28, 28), np.nan)),
+    "six.npy": array(np.zeros((1, 2, 28, 6))),
+    "float.npy": array(np.zeros((28, 28))),
+    "objects.npy": array(np.array([[{}]]), allow_pickle=True),
+    "huge.npz": large_npz,
+    "other-idx3-ubyte": idx(0x801, 1, 3, 3),
+    "short-idx3-ubyte": idx(0x803, 2, 3, 3),
+    "data": data_folder,
+    "kdata": kmnist_folder,
+    "stopped": stopped_run,
+    "edited": lambda path, run: stopped_run(path, run, seed=5),
+    "scheduled": lambda path, run: stopped_run(path, run, schedule={"length": "T_max"}),
+    "weights.h5": keras_model(("Flatten", {}), ("Dense", OUT[1], (3, 10), (10,))),
+    "kind.h5": keras_model(kind="Other"),
+    "branching.h5": branching,
+    "swelling.keras": zipped(2, compressed=True),
+    "large.keras": zipped(2**26, compressed=False),
+    "bad.keras": text("hello"),
+    "lambda.h5": keras_model(("Lambda", {})),
+    "after.h5": keras_model(FLAT, OUT, ("Dropout", {"rate": 0.5})),
+    "first.h5": keras_model(("Conv2D", {**CONV[1], "data_format": "channels_first"})),
+    "bias.h5": keras_model(("Conv2D", {**CONV[1], "use_bias": False})),
+    "oblong.h5": keras_model(("Conv2D", {**CONV[1], "kernel_size": [3, 5]})),
+    "input.h5": keras_model(("InputLayer", {"batch_shape": [None, 32, 32, 3]})),
+    "reshape.h5": keras_model(CONV, ("Reshape", {})),
+    "rescaling.h5": keras_model(("Rescaling", {"scale": [1, 2], "offset": 0})),
+    "conv.h5": keras_model(FLAT, CONV),
+    "norm.h5": keras_model(CONV, ("BatchNormalization", {})),
+    "pool.h5": keras_model(("MaxPooling2D", POOL)),
+    "strides.h5": keras_model(CONV, ("MaxPooling2D", {**POOL, "strides": 1})),
+    "dropout.h5": keras_model(("Dropout", {"rate": 0.5})),
+    "dense.h5": keras_model(CONV, OUT),
+    "tanh.h5": keras_model(("Conv2D", {**CONV[1], "activation": "tanh"})),
+    "linear.h5": keras_model(LINEAR, FLAT),
+    "same.h5": keras_model(("Conv2D", {**CONV[1], "padding": "same", "strides": 2})),
+    "activation.h5": keras_model(("Activation", {"activation": "tanh"})),
+    "endless.h5": keras_model(FLAT),
+    "lastdrop.h5": keras_model(
+        FLAT, ("Dense", {"units": 5, "activation": "relu"}, (784, 5), (5,)), ("Dropout", {"rate": 0.5}), FLAT
+    ),
+}
+EVALUATE, PREDICT, EXPORT = "mnist-evaluate checkpoint=", "mnist-predict checkpoint=", "mnist-export checkpoint="
+IMAGES, KERAS = "mnist-predict checkpoint=RUN images=", "mnist-import output=x.ckpt keras="
+TRAIN = "mnist-train data=digits epochs=1 plots=false architecture=conv10 "
+TABLE = [
+    # mnist-train
+    (f"{TRAIN} initialize=RUN architecture=mlp", 2, ["is not the architecture of initialize=", "leave it out"]),
+    (f"{TRAIN} -m resume=stopped,edited", 2, ["resume continues one run: leave out -m"]),
+    ("mnist-train resume=empty", 2, ["is not a run's folder: it has no config.yaml of mnist-train"]),
+    ("mnist-train resume=stopped seed=9", 2, ["the run has seed=1, not 9", "leave that out or start a new run"]),
+    ("mnist-train resume=stopped epochs=1", 2, ["epochs may only grow"]),
+    ("mnist-train resume=scheduled epochs=9", 2, ["epochs cannot grow, as the run's schedule ends with epoch 3"]),
+    ("mnist-train resume=edited", 2, ["was changed: its seed is not that of"]),
+    (f"{TRAIN} hydra.run.dir=stopped", 2, ["is another run's folder: choose another, or continue that run by resume="]),
+    (f"{TRAIN} optimizer=sgd optimizer.lr=1e30", 1, ["the loss of", "is not finite", "try a smaller optimizer.lr"]),
+    (
+        "mnist-train data.root=/dev/null/data",
+        2,
+        ["/dev/null/data cannot be written", "set data.root or MNIST_CNN_DATA"],
+    ),
+    ("mnist-train data.root=data", 2, ["is not the published file", "it has 5 bytes", "could not be downloaded"]),
+    ("mnist-train data=kmnist data.root=kdata", 2, ["are not the published files", "could not be downloaded"]),
+    (
+        "mnist-train data.root=empty",
+        2,
+        ["train-images-idx3-ubyte cannot be read", "could not be downloaded", "Put the"],
+    ),
+    (f"{TRAIN} optimizer.betas=[0.9,nan]", 2, ["optimizer", "betas.1=nan: must be a finite number"]),
+    (f"{TRAIN} optimizer._target_=torch.optim.Adan", 2, ["optimizer: torch.optim.Adan cannot be made"]),
+    (f"{TRAIN} architecture.dense=[x]", 2, ["'x' must be a number of units such as 128, or {units:128,dropout:0.5}"]),
+    (
+        f"{TRAIN} architecture.blocks=3",
+        2,
+        ["architecture.blocks=3: must be a list such as [{filters:32,kernel:3,pool:2}]"],
+    ),
+    (
+        f"{TRAIN} architecture.blocks=[{{filters:8,kernel:20}},{{filters:8,kernel:20}}]",
+        2,
+        ["architecture block 2, whose input is 9×9×8: kernel 20 is larger than its input of 9×9"],
+    ),
+    (f"{TRAIN} architecture.blocks=[{{filters:8,kernel:20,pool:10}}]", 2, ["pool 10 is larger than its input of 9×9"]),
+    (
+        f"{TRAIN} architecture.dense=[65536,65536]",
+        2,
+        ["architecture has 4,", "parameters; at most 100,000,000 are allowed"],
+    ),
+    # checkpoints
+    (f"{EVALUATE}newer.ckpt", 2, ["has format 99", "this version reads formats 1 to", "install a newer one"]),
+    (f"{EVALUATE}odd.ckpt", 2, ["describes no network that can be built"]),
+    (f"{EVALUATE}https://example.org/best.ckpt", 2, ["is an address: nothing is fetched"]),
+    (f"{EVALUATE}none.ckpt", 2, ["does not exist: give a .ckpt file or a run's folder"]),
+    (f"{EVALUATE}empty", 2, ["has no checkpoints/best.ckpt: give a run's folder or a .ckpt file"]),
+    (f"{EVALUATE}[]", 2, ["checkpoint is empty"]),
+    (f"{EVALUATE}text.png", 2, ["is not a whole checkpoint of this package and was not loaded"]),
+    (f"{EVALUATE}compressed.ckpt", 2, ["it is compressed, as torch never writes it"]),
+    (f"{EVALUATE}overlapping.ckpt", 2, ["its records are larger than the file"]),
+    (f"{EVALUATE}long.ckpt", 2, ["its description is too large"]),
+    (f"{EVALUATE}lacking.ckpt", 2, ["do not fit the network that it describes", "logits.bias is missing or too many"]),
+    (f"{EVALUATE}sparse.ckpt", 2, ["logits.bias is no plain tensor"]),
+    (f"{EVALUATE}double.ckpt", 2, ["logits.bias is torch.float64 (10,), expected torch.float32 (10,)"]),
+    (f"{EVALUATE}expanded.ckpt", 2, ["logits.bias has less data than its shape says"]),
+    (f"{EVALUATE}two.ckpt", 2, ["digits has 10 classes, the checkpoint 2"]),
+    (f"{EVALUATE}[RUN,two.ckpt]", 2, ["has other classes than", "they cannot predict together"]),
+    (f"{EVALUATE}huge.onnx", 2, ["is larger than 1,073,741,824 bytes and was not loaded"]),
+    (f"{EVALUATE}bytes.onnx", 2, ["is not an ONNX file of mnist-export"]),
+    (f"{EVALUATE}bytes.safetensors", 2, ["is not a whole safetensors file"]),
+    (
+        f"{EVALUATE}foreign.safetensors",
+        2,
+        ["comes from another program: it has no description of an mnist_cnn network"],
+    ),
+    (f"{EVALUATE}damaged.safetensors", 2, ["has a damaged description"]),
+    # mnist-evaluate, mnist-export
+    (f"{EVALUATE}RUN calibrate=true", 2, ["calibrate=true fits on the digits held out: give split=validation"]),
+    (f"{EVALUATE}[RUN,RUN] calibrate=true split=validation", 2, ["calibrate=true writes into one checkpoint"]),
+    (f"{EVALUATE}RUN probabilities=[360]", 2, ["probabilities=[360]: test has digits 0 to 359"]),
+    (f"{EXPORT}RUN output=x.pt2", 2, ["output=x.pt2: must end in .onnx for format=onnx"]),
+    # mnist-predict
+    (f"{PREDICT}RUN", 2, ["images is missing"]),
+    (f"{IMAGES}text.png output=x.txt", 2, ["output=x.txt: must end in .csv or .json or .jsonl or .parquet"]),
+    (f"{IMAGES}text.png input=bytes", 2, ["input=bytes reads one picture from standard input: give images=-"]),
+    (f"{IMAGES}none.png", 2, ["does not exist: give a picture, a folder of pictures, a glob or @list.txt"]),
+    (f"{IMAGES}'none*.png'", 2, ["matches no file"]),
+    (f"{IMAGES}empty", 2, ["holds no picture: expected files such as *.png"]),
+    (f"{IMAGES}@binary.txt", 2, ["cannot be read as a list of paths"]),
+    (f"{IMAGES}text.png", 1, ["is not a picture that can be read (expected PNG, JPEG"]),
+    (f"{IMAGES}cut.jpg", 1, ["is not a picture that can be read ("]),
+    (f"{IMAGES}wide.png", 1, ["70000×1000 pixels; at most 65,000,000 are read"]),
+    (f"{IMAGES}small.png", 1, ["there is no digit in it: the picture is blank"]),
+    (f"{IMAGES}noise.png", 1, ["there is no digit in it: only noise or many things"]),
+    (f"{IMAGES}small.png mode=exact", 1, ["is 20×30: mode=exact expects 28×28 in MNIST's form"]),
+    (f"{IMAGES}float.npy mode=exact", 1, ["is float64 (28, 28): mode=exact expects uint8 (28, 28)"]),
+    (f"{IMAGES}five.npy", 2, ["has shape (1, 2, 3, 4, 5): expected (H, W), (N, H, W) or (N, 1, 28, 28)"]),
+    (f"{IMAGES}six.npy", 1, ["an array of shape (2, 28, 6) is no picture: expected (H, W), (H, W, 3) or (H, W, 4)"]),
+    (f"{IMAGES}words.npy", 1, ["an array of <U1 is no picture: expected numbers"]),
+    (f"{IMAGES}nan.npy", 1, ["a picture with pixels that are NaN or infinite"]),
+    (f"{IMAGES}objects.npy", 2, ["holds no array that can be read"]),
+    (f"{IMAGES}huge.npz", 2, ["an array of more than"]),
+    (f"{IMAGES}other-idx3-ubyte", 2, ["not an idx file of uint8 images"]),
+    (f"{IMAGES}short-idx3-ubyte", 2, ["it is shorter than images of (2, 3, 3) are"]),
+    # mnist-import
+    (f"{KERAS}none.h5", 2, ["does not exist: give a .h5 or .keras file"]),
+    (f"{KERAS}bad.keras", 2, ["is not a whole Keras model with its architecture"]),
+    (f"{KERAS}swelling.keras", 2, ["it is compressed beyond what weights can be"]),
+    (f"{KERAS}large.keras", 2, ["its records are larger than any network of this package"]),
+    (f"{KERAS}kind.h5", 2, ["a 'Other' model: expected Sequential, or Functional in one line"]),
+    (f"{KERAS}branching.h5", 2, ["does not follow the layer before it alone"]),
+    (f"{KERAS}weights.h5", 2, ["layer layer1 has weights of [(3, 10), (10,)], expected [(784, 10), (10,)]"]),
+    (f"{KERAS}lambda.h5", 2, ["layer layer0 is a Lambda, which ConvNet cannot express; it was not run"]),
+    (f"{KERAS}after.h5", 2, ["layer layer2 (Dropout) stands after the output, which ConvNet cannot express"]),
+    (f"{KERAS}first.h5", 2, ["has data_format channels_first"]),
+    (f"{KERAS}bias.h5", 2, ["has use_bias=False"]),
+    (f"{KERAS}oblong.h5", 2, ["has kernel_size=[3, 5]"]),
+    (f"{KERAS}input.h5", 2, ["has the shape [None, 32, 32, 3]"]),
+    (f"{KERAS}reshape.h5", 2, ["stands after the first layer"]),
+    (f"{KERAS}rescaling.h5", 2, ["is no single scale and offset before the first layer"]),
+    (f"{KERAS}conv.h5", 2, ["stands after Flatten"]),
+    (f"{KERAS}norm.h5", 2, ["does not stand between a convolution and its relu"]),
+    (f"{KERAS}pool.h5", 2, ["does not follow a convolution"]),
+    (f"{KERAS}strides.h5", 2, ["has strides that are not its pool_size"]),
+    (f"{KERAS}dropout.h5", 2, ["does not follow a block or a dense layer"]),
+    (f"{KERAS}dense.h5", 2, ["stands before Flatten"]),
+    (f"{KERAS}tanh.h5", 2, ["has activation 'tanh'"]),
+    (f"{KERAS}linear.h5", 2, ["follows a layer without relu"]),
+    (f"{KERAS}same.h5", 2, ["has padding same with an even kernel or a stride"]),
+    (f"{KERAS}activation.h5", 2, ["is 'tanh' there"]),
+    (f"{KERAS}endless.h5", 2, ["the model does not end in a Dense layer of softmax or without an activation"]),
+]
+
+
+@pytest.mark.parametrize(("line", "status", "expected"), TABLE, ids=[line for line, _, _ in TABLE])
+def test_a_message(run, tmp_path, trained, monkeypatch, line, status, expected):
+    import torchvision
+
+    for dataset in (torchvision.datasets.MNIST, torchvision.datasets.KMNIST):
+        monkeypatch.setattr(dataset, "mirrors", ["http://127.0.0.1:9/"])
+    for name, make in FILES.items():
+        if (
+            name
+            in line.replace("=", " ").replace("@", " ").replace(",", " ").replace("]", " ").replace("[", " ").split()
+        ):
+            make(tmp_path / name, trained)
+    said(run(*shlex.split(line.replace("RUN", str(trained)))), *expected, status=status)
+
+
+def test_two_processes(run, tmp_path, trained):
+    stopped_run(tmp_path / "stopped", trained)
+    with runs.alone_in(tmp_path / "stopped"):
+        said(run("mnist-train", "resume=stopped"), "another process trains in this folder; wait for it")
+
+
+# Messages that no command can cause, or that need what a command line cannot give; where they are tested instead.
+ELSEWHERE = {
+    "pictures have shape": "the Python interface: test_inference.py",
+    "is no picture: give a path": "the Python interface",
+    "checkpoint=[] names no checkpoint": "the Python interface; the command says that it is empty",
+    "not a whole picture": "the Python interface: a PIL image that is read late",
+    "a picture of …×… has no pixels": "test_inference.py",
+    "needs a package that is not installed": "test_inference.py, test_messages.py",
+    "needs the package": "test_inference.py",
+    "logger=": "test_messages.py",
+    "does not start": "a logger's own service",
+    "was not written: probabilities differ": "test_inference.py",
+    "accelerator=cuda: torch finds no CUDA device": "test_messages.py, where there is none",
+    "out of memory": "test_resume.py",
+    "holds weights alone": "test_resume.py: a warning",
+    "is another sweep's folder": "test_train.py",
+    "the checksum of its": "test_messages.py",
+    "it was trained without validation digits": "test_messages.py",
+    "was trained with": "test_train.py",
+    "another process trains in this folder": "above",
+    "is damaged": "a .keras file whose zip breaks off while it is read",
+    "is missing or is a link": "test_keras_import.py",
+    "has weights outside this file": "test_keras_import.py",
+    "the model ends in Dropout": "no order of layers that is taken so far leads there",
+}
+
+
+def messages():
+    """The text of each refusal in the package, with … where a value stands."""
+
+    def literal(node):
+        if isinstance(node, ast.JoinedStr):
+            return "".join(literal(value) for value in node.values)
+        return str(node.value) if isinstance(node, ast.Constant) else "…"
+
+    for file in sorted((REPOSITORY / "mnist_cnn").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+            if name in ("UserError", "RunError", "ValueError", "refuse", "_refuse"):
+                yield f"{file.name}:{node.lineno}", literal(node.args[name == "_refuse"])
+
+
+def test_no_message_is_without_a_row():
+    words = [word for rows in (SETTINGS, CHECKPOINTS.values(), CHANGES.values()) for _, some in rows for word in some]
+    words += [word for _, _, some in TABLE for word in some] + list(ELSEWHERE)
+    missing = []
+    for where, message in messages():
+        # The message's own text between the values, of which a row's words must have one, or be a part of it.
+        parts = [part.strip(" :;,()'") for part in message.split("…")]
+        parts = [part for part in parts if len(part) >= 8]
+        if parts and not any(part in word or (len(word) >= 8 and word in part) for part in parts for word in words):
+            missing.append(f"{where} {message}")
+    assert not missing, "\n".join(missing)
