@@ -174,3 +174,25 @@ def find_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("accelerator=cuda: torch finds no CUDA device here; use accelerator=cpu or accelerator=auto")
     return torch.device(name)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what the device would do, but by emulation, up to hundreds of times slower.
+
+    Raises:
+        UserError: half precision away from CUDA, or bfloat16 on a CPU without instructions for it.
+    """
+    if device.type != "cpu" or precision == "32-true":
+        return
+    if precision == "16-mixed":
+        raise UserError("accelerator.precision=16-mixed needs CUDA; use 32-true, or bf16-mixed where the CPU has bfloat16")
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 and newer
+        has = torch.cpu.get_capabilities()
+        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not fast:
+        raise UserError(
+            "accelerator.precision=bf16-mixed: this CPU has no bfloat16 instructions (AVX-512 BF16, AMX or Arm's BF16) "
+            "and would emulate them, far slower; leave accelerator.precision at 32-true"
+        )

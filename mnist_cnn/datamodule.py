@@ -102,23 +102,29 @@ class MNISTDataModule(pl.LightningDataModule):
             return
         digits, self.test = load(self.data_name, self.root)
         held_out = self._held_out(digits.labels)
-        part = torch.zeros(len(digits.labels), dtype=torch.bool)
-        part[held_out] = True
-        self.train, self.validation = (Digits(digits.images[m], digits.labels[m]) for m in (~part, part))
+        if isinstance(held_out, slice):
+            parts = [slice(0, held_out.start), held_out]  # no copy
+        else:
+            chosen = torch.zeros(len(digits.labels), dtype=torch.bool).index_fill_(0, held_out, True)
+            parts = [~chosen, chosen]
+        self.train, self.validation = (Digits(digits.images[part], digits.labels[part]) for part in parts)
         self.mean, self.standard_deviation = 0.0, 255.0
         if self.normalization == "standard":
-            pixels = self.train.images.double()
-            self.mean, self.standard_deviation = pixels.mean().item(), pixels.std(correction=0).item()
+            counts = [torch.bincount(part.flatten(), minlength=256) for part in self.train.images.split(5_000)]
+            shares = torch.stack(counts).sum(0).double() / self.train.images.numel()
+            levels = torch.arange(256).double()  # of grey; `shares` is how often each comes
+            self.mean = (levels * shares).sum().item()
+            self.standard_deviation = ((levels - self.mean).square() * shares).sum().sqrt().item()
         self._ready = True
 
-    def _held_out(self, labels: Tensor) -> Tensor:
+    def _held_out(self, labels: Tensor) -> Tensor | slice:
         total, share = len(labels), self.validation_share
         # Keras rounds the training part down: keras/src/trainers/data_adapters/array_slicing.py.
         count = share if isinstance(share, int) else total - math.floor(total * (1 - share))
         if count >= total:
             raise UserError(f"data.validation={share} leaves no training digit; {self.data_name} has {total:,}")
         if count == 0 or self.validation_from == "last":
-            return torch.arange(total - count, total)
+            return slice(total - count, total)
         if not len(self.classes) <= count <= total - len(self.classes):
             raise UserError(
                 f"data.validation={share} is {count} of {total:,} digits; a random stratified part takes one of each "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mnist_cnn.architectures import ConvNet, summary
-from mnist_cnn.checkpoint import FORMAT, find_device, rebuild
+from mnist_cnn.checkpoint import FORMAT, check_precision, find_device, rebuild
 from mnist_cnn.classifier import DigitClassifier, Row
 from mnist_cnn.config import Train
 from mnist_cnn.datamodule import MNISTDataModule
@@ -67,6 +67,7 @@ def _fit(
 ) -> Metrics:
     quiet()
     device = find_device(config.accelerator.name)
+    check_precision(config.accelerator.precision, device)
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
     keep_memory()

@@ -1,8 +1,9 @@
 """What scripts/benchmark sets beside mnist-train, each as its own users would write it.
 
-usage: python scripts/contestants.py bare|stock|example|keras RECIPE PRECISION EPOCHS [SEED]
+usage: python scripts/contestants.py bare|stock|example|keras RECIPE PRECISION EPOCHS [overrides, for bare]
 
-Each says "ready" once its data is read, a line at each epoch's end, and its test accuracy at the end.
+Each says "ready" once its data is read, a line at each epoch's end, and its test accuracy at the end; after "ready" and
+after each epoch it waits for a line.
 """
 
 import os
@@ -25,7 +26,7 @@ def epoch_ended(epoch):
     sys.stdin.readline()  # until it is told to go on
 
 
-def bare(recipe, precision, epochs, seed):
+def bare(recipe, precision, epochs, *overrides):
     """A plain PyTorch loop over the recipe's own tensors, network, optimizer and batch size."""
     import hydra
     from omegaconf import OmegaConf
@@ -39,9 +40,9 @@ def bare(recipe, precision, epochs, seed):
 
     keep_memory()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = OmegaConf.to_container(hydra.compose("train", [f"experiment={recipe}"]), resolve=True)
-    torch.manual_seed(seed)
-    data = MNISTDataModule(**config["data"], seed=seed)
+        config = OmegaConf.to_container(hydra.compose("train", [f"experiment={recipe}", *overrides]), resolve=True)
+    torch.manual_seed(1)
+    data = MNISTDataModule(**config["data"], seed=1)
     data.setup()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = ConvNet(config["architecture"], 10, data.mean, data.standard_deviation).to(device)
@@ -65,11 +66,14 @@ def bare(recipe, precision, epochs, seed):
         loss.item()  # a GPU has finished
         epoch_ended(epoch)
     with torch.no_grad():
-        right = sum((network(i.to(device)).argmax(1).cpu() == y).sum() for i, y in zip(data.test.images.split(100), data.test.labels.split(100), strict=True))
+        right = sum(
+            (network(i.to(device)).argmax(1).cpu() == y).sum()
+            for i, y in zip(data.test.images.split(100), data.test.labels.split(100), strict=True)
+        )
     print("test accuracy", right.item() / 10_000, flush=True)
 
 
-def stock(recipe, precision, epochs, seed):
+def stock(recipe, precision, epochs):
     """The usual Lightning habit: per-sample transforms in a DataLoader, and a log and a metric at each step."""
     import pytorch_lightning as pl
     import torch
@@ -85,7 +89,7 @@ def stock(recipe, precision, epochs, seed):
     from mnist_cnn.progress import quiet
 
     quiet()
-    pl.seed_everything(seed, verbose=False)
+    pl.seed_everything(1, verbose=False)
     specification = yaml.safe_load((CONF / "architecture" / f"{recipe}.yaml").read_text())
     settings = yaml.safe_load((CONF / "experiment" / f"{recipe}.yaml").read_text())
 
@@ -133,8 +137,13 @@ def stock(recipe, precision, epochs, seed):
     train = Subset(train, range(54_000)) if settings["data"]["validation"] else train
     loader = DataLoader(train, settings["data"]["batch_size"], shuffle=True)
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=epochs, precision=precision, enable_checkpointing=False, logger=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+        max_epochs=epochs,
+        precision=precision,
+        enable_checkpointing=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     ready()
     model = Stock()
@@ -142,7 +151,7 @@ def stock(recipe, precision, epochs, seed):
     print("test accuracy", trainer.test(model, DataLoader(test, 1000), verbose=False)[0]["test/accuracy"], flush=True)
 
 
-def example(recipe, precision, epochs, seed):
+def example(recipe, precision, epochs):
     """The network and the loop of PyTorch's own MNIST example (pytorch/examples, mnist/main.py)."""
     import torch
     from torch import nn
@@ -151,7 +160,7 @@ def example(recipe, precision, epochs, seed):
     from torchvision import transforms
     from torchvision.datasets import MNIST
 
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     train, test = (MNIST(ROOT, train=part, transform=transform) for part in (True, False))
     network = nn.Sequential(
@@ -175,12 +184,12 @@ def example(recipe, precision, epochs, seed):
     print("test accuracy", right.item() / 10_000, flush=True)
 
 
-def keras(recipe, precision, epochs, seed):
+def keras(recipe, precision, epochs):
     """A tutorial as it was written, on Keras 3 and TensorFlow: its layers, its data in floats, its call of fit."""
     os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="3")
     from keras import Input, Sequential, callbacks, layers, utils
 
-    utils.set_random_seed(seed)
+    utils.set_random_seed(1)
 
     def read(name):
         offset = 8 if "labels" in name else 16
@@ -224,7 +233,5 @@ def keras(recipe, precision, epochs, seed):
 
 
 if __name__ == "__main__":
-    name, recipe, precision, epochs, *seed = sys.argv[1:]
-    {"bare": bare, "stock": stock, "example": example, "keras": keras}[name](
-        recipe, precision, int(epochs), int(seed[0]) if seed else 1
-    )
+    name, recipe, precision, epochs, *overrides = sys.argv[1:]
+    {"bare": bare, "stock": stock, "example": example, "keras": keras}[name](recipe, precision, int(epochs), *overrides)
