@@ -11,6 +11,7 @@ import os
 import resource
 import struct
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -399,6 +400,13 @@ def _worker(results, what, count, seed):
         results.put((seed, traceback.format_exc(limit=-4), 0.0, 0.0))
 
 
+def _apart(*arguments):
+    """In a thread, whose stack begins anew: below a deep one CPython maps and unmaps memory at every call."""
+    thread = threading.Thread(target=_worker, args=arguments)
+    thread.start()
+    thread.join()
+
+
 def survey(what, count, seed, processes=2, patience=600):
     """`examine` shared among processes, so that a crash of the interpreter and a hang are seen as such.
 
@@ -408,7 +416,7 @@ def survey(what, count, seed, processes=2, patience=600):
     results = forked.Queue()
     share = [count // processes + (index < count % processes) for index in range(processes)]
     checkpoint_content()
-    workers = [forked.Process(target=_worker, args=(results, what, n, seed + i)) for i, n in enumerate(share)]
+    workers = [forked.Process(target=_apart, args=(results, what, n, seed + i)) for i, n in enumerate(share)]
     for worker in workers:
         worker.start()
     ended, failures = [], []
