@@ -185,7 +185,9 @@ def check_precision(precision: str, device: torch.device) -> None:
     if device.type != "cpu" or precision == "32-true":
         return
     if precision == "16-mixed":
-        raise UserError("accelerator.precision=16-mixed needs CUDA; use 32-true, or bf16-mixed where the CPU has bfloat16")
+        raise UserError(
+            "accelerator.precision=16-mixed needs CUDA; use 32-true, or bf16-mixed where the CPU has bfloat16"
+        )
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 and newer
         has = torch.cpu.get_capabilities()
         fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

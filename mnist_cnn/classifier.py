@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def _batches(stretch: Batch | tuple[Batch, ...]) -> tuple[Batch, ...]:
-    return (stretch,) if stretch and isinstance(stretch[0], Tensor) else stretch  # type: ignore[return-value]
+    return (stretch,) if stretch and isinstance(stretch[0], Tensor) else stretch
 
 
 class DigitClassifier(pl.LightningModule):
@@ -102,7 +102,7 @@ class DigitClassifier(pl.LightningModule):
                 counted.increment_completed()
             torch.clear_autocast_cache()  # of the weights before the step
             if schedule is not None:
-                schedule.step()  # type: ignore[union-attr, call-arg]
+                schedule.step()  # type: ignore[union-attr]
             results.append((loss.detach(), logits.detach(), labels))
             if self.stopping:
                 break
@@ -213,7 +213,7 @@ class DigitClassifier(pl.LightningModule):
         row["seconds"] = time.perf_counter() - self.started
         self.history.append(row)
         if self.make_scheduler is not None and self.interval == "epoch":
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+            self.lr_schedulers().step()  # type: ignore[union-attr]
         self.position = 0  # of the next epoch
         if self.report:
             self.report(self.history)

@@ -102,11 +102,12 @@ class MNISTDataModule(pl.LightningDataModule):
             return
         digits, self.test = load(self.data_name, self.root)
         held_out = self._held_out(digits.labels)
+        parts: tuple[Any, Any]
         if isinstance(held_out, slice):
-            parts = [slice(0, held_out.start), held_out]  # no copy
+            parts = slice(0, held_out.start), held_out  # no copy
         else:
             chosen = torch.zeros(len(digits.labels), dtype=torch.bool).index_fill_(0, held_out, True)
-            parts = [~chosen, chosen]
+            parts = ~chosen, chosen
         self.train, self.validation = (Digits(digits.images[part], digits.labels[part]) for part in parts)
         self.mean, self.standard_deviation = 0.0, 255.0
         if self.normalization == "standard":

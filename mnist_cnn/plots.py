@@ -58,7 +58,7 @@ def learning_curves(history: list[dict[str, float]], path: Path) -> None:
     """Loss and accuracy by epoch, of training and, where there is one, validation."""
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(10, 4))  # margins given: to have them found, matplotlib draws all twice
-    figure.subplots_adjust(0.07, 0.13, 0.98, 0.84, wspace=0.22)
+    figure.subplots_adjust(0.08, 0.13, 0.98, 0.84, wspace=0.24)
     figure.suptitle("Learning curves")
     for axes, figure_name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, name in (("train", "training"), ("val", "validation")):

@@ -29,8 +29,8 @@ def epoch_ended(epoch):
 def bare(recipe, precision, epochs, *overrides):
     """A plain PyTorch loop over the recipe's own tensors, network, optimizer and batch size."""
     import hydra
-    from omegaconf import OmegaConf
     import torch
+    from omegaconf import OmegaConf
     from torch.nn import functional as F
 
     from mnist_cnn.architectures import ConvNet
@@ -206,8 +206,8 @@ def keras(recipe, precision, epochs):
              layers.Flatten(), dense(100, activation="relu")],
             "adam", 200, {}),
         "conv32_32_dropout": (
-            [conv(32, 3), layers.Activation("relu"), conv(32, 3), layers.Activation("relu"), pool(), layers.Dropout(0.25),
-             layers.Flatten(), dense(128), layers.Activation("relu"), layers.Dropout(0.5)],
+            [conv(32, 3), layers.Activation("relu"), conv(32, 3), layers.Activation("relu"), pool(),
+             layers.Dropout(0.25), layers.Flatten(), dense(128), layers.Activation("relu"), layers.Dropout(0.5)],
             "adam", 128, {"test": True}),
         "conv64_128": (
             [conv(64, 3, activation="relu"), pool(), conv(128, 3, activation="relu"), pool(),
@@ -217,8 +217,8 @@ def keras(recipe, precision, epochs):
             [conv(10, 5, activation="relu"), pool(), layers.Flatten(), dense(100, activation="relu")],
             "adam", 200, {"test": True}),
         "conv32_64_64": (
-            [conv(32, 3, activation="relu"), pool(), conv(64, 3, activation="relu"), pool(), conv(64, 3, activation="relu"),
-             layers.Flatten(), dense(64, activation="relu")],
+            [conv(32, 3, activation="relu"), pool(), conv(64, 3, activation="relu"), pool(),
+             conv(64, 3, activation="relu"), layers.Flatten(), dense(64, activation="relu")],
             "rmsprop", 64, {}),
     }[recipe]  # fmt: skip
     train, test = part("train"), part("t10k")

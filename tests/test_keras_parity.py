@@ -121,13 +121,14 @@ def test_parameter_count_and_rows_of_the_summary_are_those_of_keras(name):
     assert rows == [(tuple(layer.output.shape[1:]), layer.count_params()) for layer in model.layers]
 
 
-def distance_after_20_steps(seed, name, ours, theirs, digits, from_logits=False):
+def distance_after_20_steps(seed, name, ours, theirs, digits, from_logits=False, onednn=False):
     """How far ours and Keras's weights are apart, relative, after the same batches; without dropout, whose random
     numbers cannot be shared. From logits Keras does not clip probabilities at 1e-7, which a violent start reaches."""
     keras.utils.set_random_seed(seed)
     model = keras_model(name, activation=None if from_logits else "softmax", dropout=False)
     network = our_network(name, dropout=False)
     network.to(getattr(torch, keras.config.floatx()))
+    network.onednn = onednn
     copy_weights(model, network)
     before = torch.cat([weight.detach().flatten() for weight in network.parameters()])
     model.compile(optimizer=theirs(), loss=keras.losses.CategoricalCrossentropy(from_logits=from_logits))
@@ -160,10 +161,10 @@ def float64():
     keras.config.set_dtype_policy(before)
 
 
-def equal_after_20_steps(*case, **options):
+def equal_after_20_steps(*case, seeds=(2, 3, 4), **options):
     """In a few starts of a hundred a tie in a max pool, or at the zero of a relu, falls differently by rounding, and
     the paths part; a difference of formula parts them in all."""
-    return any(distance_after_20_steps(seed, *case, **options) < 1e-4 for seed in (2, 3, 4))
+    return any(distance_after_20_steps(seed, *case, **options) < 1e-4 for seed in seeds)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -179,6 +180,8 @@ def test_each_recipe_steps_like_keras_in_single_precision_on_mnist(name, mnist_r
     recipe = (CONF / "experiment" / f"{name}.yaml").read_text()
     optimizer = re.search(r"override /optimizer: keras_(\w+)", recipe)[1]
     assert equal_after_20_steps(name, *OPTIMIZERS[optimizer], digits)
+    # In the layout that mnist-train lets oneDNN choose, where sums are rounded otherwise.
+    assert equal_after_20_steps(name, *OPTIMIZERS[optimizer], digits, seeds=(4, 5, 6, 7), onednn=True)
 
 
 @pytest.mark.parametrize("theirs", [torch.optim.Adam, torch.optim.RMSprop])
