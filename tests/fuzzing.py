@@ -154,7 +154,7 @@ def built(config, folder, words, choices):
     data.setup()
     network, config = fit.first_network(config, data, words, False)
     fit.classifier_for(config, network, data, folder)
-    fit.find_device(config.accelerator.name)
+    fit.check_precision(config.accelerator.precision, fit.find_device(config.accelerator.name))
     if sum(layer.parameters for layer in config.architecture.layers()) < 10**6:
         assert network.eval()(data.train.images[:1]).shape == (1, len(data.classes))
     return {}

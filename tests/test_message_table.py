@@ -274,6 +274,7 @@ TABLE = [
         2,
         ["architecture has 4,", "parameters; at most 100,000,000 are allowed"],
     ),
+    (f"{TRAIN} accelerator=cpu accelerator.precision=16-mixed", 2, ["accelerator.precision=16-mixed needs CUDA"]),
     # checkpoints
     (f"{EVALUATE}newer.ckpt", 2, ["has format 99", "this version reads formats 1 to", "install a newer one"]),
     (f"{EVALUATE}odd.ckpt", 2, ["describes no network that can be built"]),
@@ -399,6 +400,7 @@ ELSEWHERE = {
     "it was trained without validation digits": "test_messages.py",
     "was trained with": "test_train.py",
     "another process trains in this folder": "above",
+    "this CPU has no bfloat16 instructions": "a CPU without them",
     "is damaged": "a .keras file whose zip breaks off while it is read",
     "is missing or is a link": "test_keras_import.py",
     "has weights outside this file": "test_keras_import.py",
