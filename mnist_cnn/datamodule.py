@@ -155,7 +155,7 @@ class MNISTDataModule(pl.LightningDataModule):
 
         def order() -> Tensor:
             first, position = self.resumed
-            epoch = max(self.trainer.current_epoch, first) if self.trainer else 0
+            epoch = max(self.trainer.current_epoch if self.trainer else 0, first)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             indices = torch.randperm(len(self.train.labels), generator=generator)
             return indices[position * self.batch_size :] if epoch == first else indices

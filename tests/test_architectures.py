@@ -7,7 +7,7 @@ from conftest import ARCHITECTURES, CONF
 from torch import nn
 from torch.nn import functional as F
 
-from mnist_cnn.architectures import ConvNet, summary
+from mnist_cnn.architectures import ConvNet, Dropout, summary
 from mnist_cnn.schema import UserError
 
 
@@ -43,7 +43,7 @@ def test_the_summary_states_the_shapes_that_the_network_has(name):
     network = ConvNet(shipped(name)).eval()
     seen = []
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.Linear | nn.Dropout):
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.Linear | Dropout):
             module.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:])))
     network(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
     rows = [row.output for row in network.specification.layers() if row.name != "flatten"]
@@ -75,7 +75,7 @@ def test_norm_padding_stride_and_dropout():
     block = {"filters": 8, "kernel": 3, "padding": 1, "stride": 2, "batch_norm": True, "pool": 2, "dropout": 0.1}
     network = ConvNet({"blocks": [block], "dense": [{"units": 5, "dropout": 0.5}, 7]}, classes=3)
     kinds = [type(module) for module in network.blocks[0]]
-    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, nn.Dropout]
+    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, Dropout]
     assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 3)
     rows = network.specification.layers(classes=3)
     assert sum(row.parameters for row in rows) == network.parameter_count()

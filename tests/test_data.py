@@ -81,13 +81,14 @@ def test_batches_are_whole_and_the_last_short_one_is_kept():
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    def order(seed, epoch):
-        loader = ready(seed=seed).train_dataloader()
-        loader.sampler.set_epoch(epoch)
+    def order(seed, epoch, position=0):
+        data = ready(seed=seed)  # of batches of 64
+        data.resumed = (epoch, position)
         torch.manual_seed(torch.seed())
-        return torch.cat([labels for _, labels in loader])
+        return torch.cat([labels for _, labels in data.train_dataloader()])
 
     assert torch.equal(order(1, 0), order(1, 0))
+    assert torch.equal(order(1, 3)[5 * 64 :], order(1, 3, position=5))
     assert not torch.equal(order(1, 0), order(1, 1))
     assert not torch.equal(order(1, 0), order(2, 0))
 
