@@ -67,14 +67,19 @@ def load(name: str, root: str | Path) -> tuple[Digits, Digits]:
     """
     if name == "digits":
         return _scikit_learn_digits()
-    files = sorted((Path(root) / TORCHVISION[name] / "raw").glob("*"))
-    known = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
-    return _load(name, str(root), known)
+    files = [file for file in sorted((Path(root) / TORCHVISION[name] / "raw").glob("*-ubyte")) if file.is_file()]
+    if len(files) < 4:
+        return _load(name, root)
+    return _load_once(name, str(root), tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 @functools.lru_cache(maxsize=1)
-def _load(name: str, root: str, files: tuple[tuple[Any, ...], ...]) -> tuple[Digits, Digits]:
+def _load_once(name: str, root: str, _: tuple[tuple[int, int], ...]) -> tuple[Digits, Digits]:
     """Read once for all jobs of a sweep, for as long as the files keep their sizes and times."""
+    return _load(name, root)
+
+
+def _load(name: str, root: str | Path) -> tuple[Digits, Digits]:
     import torchvision
 
     dataset = getattr(torchvision.datasets, TORCHVISION[name])
