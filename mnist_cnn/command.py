@@ -6,7 +6,9 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
@@ -117,9 +119,16 @@ def _literal_paths(arguments: list[str]) -> list[str]:
 def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     """Run a `@hydra.main` task as a command: `task` ends by SystemExit or returns for status 0."""
     words = _literal_paths(sys.argv[1:])
+    # Ctrl-C ends what has not begun at once; argparse would make an error of its own of it.
+    signals = (signal.SIGINT,) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals}
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign, assignment]
-    known, unknown = parser.parse_known_intermixed_args(words)
+    try:
+        known, unknown = parser.parse_known_intermixed_args(words)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         refuse(f"unknown flag {unknown[0]}; settings are written without dashes, such as {name}=…")

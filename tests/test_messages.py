@@ -1,6 +1,7 @@
 """Every message that a user can cause: the command, its exit status, the words that must appear in one line."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -251,3 +252,14 @@ def test_the_disk_is_full(tmp_path):
 def test_every_yaml_explains_itself():
     for file in CONF.rglob("*.yaml"):
         assert file.read_text().strip(), file
+
+
+def test_ctrl_c_while_the_command_line_is_read_ends_without_a_traceback():
+    code = (
+        "import argparse, os, signal, sys; from mnist_cnn.train import main; sys.argv = ['mnist-train', 'epochs=1']\n"
+        "argparse._re.sub = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "argparse.ArgumentParser.format_usage = lambda parser: argparse._re.sub('', '', '')\n"
+        "main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
