@@ -1,6 +1,6 @@
 """What scripts/benchmark sets beside mnist-train, each as its own users would write it.
 
-usage: python scripts/contestants.py bare|stock|example|keras RECIPE PRECISION EPOCHS [overrides, for bare]
+usage: python scripts/benchmarks/contestants.py bare|stock|example|keras RECIPE PRECISION EPOCHS [overrides, for bare]
 
 Each says "ready" once its data is read, a line at each epoch's end, and its test accuracy at the end; after "ready" and
 after each epoch it waits for a line.
