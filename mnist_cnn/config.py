@@ -67,8 +67,12 @@ class Data(Strict):
 
 class Accelerator(Strict):
     name: Literal["cpu", "cuda", "auto"]
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["32-true"] = "32-true"  # of a trained network
     threads: int | None = Field(default=None, ge=1, le=1024)
+
+
+class TrainingAccelerator(Accelerator):
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # type: ignore[assignment]
 
 
 class Checkpointing(Strict):
@@ -81,7 +85,7 @@ class Train(Strict):
     architecture: Architecture
     optimizer: Annotated[Instantiable, AfterValidator(_optimizer)]
     schedule: Schedule
-    accelerator: Accelerator
+    accelerator: TrainingAccelerator
     data: Data
     logger: Instantiable | None
     seed: int = Field(ge=0, lt=2**32)
