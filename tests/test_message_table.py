@@ -275,6 +275,7 @@ TABLE = [
         ["architecture has 4,", "parameters; at most 100,000,000 are allowed"],
     ),
     (f"{TRAIN} accelerator=cpu accelerator.precision=16-mixed", 2, ["accelerator.precision=16-mixed needs CUDA"]),
+    (f"{EVALUATE}RUN accelerator.precision=bf16-mixed", 2, ["accelerator.precision='bf16-mixed': must be '32-true'"]),
     # checkpoints
     (f"{EVALUATE}newer.ckpt", 2, ["has format 99", "this version reads formats 1 to", "install a newer one"]),
     (f"{EVALUATE}odd.ckpt", 2, ["describes no network that can be built"]),
@@ -394,7 +395,7 @@ ELSEWHERE = {
     "was not written: probabilities differ": "test_inference.py",
     "accelerator=cuda: torch finds no CUDA device": "test_messages.py, where there is none",
     "out of memory": "test_resume.py",
-    "holds weights alone": "test_resume.py: a warning",
+    " to continue from": "test_resume.py: a warning",
     "is another sweep's folder": "test_train.py",
     "the checksum of its": "test_messages.py",
     "it was trained without validation digits": "test_messages.py",
