@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 import hydra
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -137,6 +138,8 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     # Hydra hands its errors on only in this mode; a user who asks for it gets the traceback as well.
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    if known.help:  # Hydra would copy all its sources for each group that it lists: half of the time
+        ConfigRepository.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     logging.raiseExceptions = False  # a log that finds no room on the disk prints no traceback
     try:
         task()
