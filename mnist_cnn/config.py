@@ -69,6 +69,16 @@ class Accelerator(Strict):
     name: Literal["cpu", "cuda", "auto"]
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     threads: int | None = Field(default=None, ge=1, le=1024)
+    devices: int = Field(default=1, ge=1, le=1024)
+    num_nodes: int = Field(default=1, ge=1, le=1024)
+
+
+class OneDevice(Accelerator):
+    @model_validator(mode="after")
+    def _one(self) -> OneDevice:
+        if self.devices * self.num_nodes > 1:
+            raise ValueError("accelerator.devices and num_nodes are of mnist-train: this command works on one device")
+        return self
 
 
 class Checkpointing(Strict):
@@ -92,6 +102,20 @@ class Train(Strict):
     initialize: NonEmpty | None
     freeze: Literal["blocks"] | None
     plots: bool
+
+    @model_validator(mode="after")
+    def _shared_evenly(self) -> Train:
+        if not self.resume and (uneven := self.uneven()):  # a resumed run has a batch size of its own
+            raise ValueError(uneven)
+        return self
+
+    def uneven(self) -> str:
+        """What is wrong where the ranks cannot share a batch evenly."""
+        size, ranks = self.data.batch_size, self.accelerator.devices * self.accelerator.num_nodes
+        nearest = max(round(size / ranks), 1) * ranks
+        if size % ranks == 0:
+            return ""
+        return f"data.batch_size={size} cannot be shared evenly by {ranks} ranks; the nearest that can is {nearest}"
 
 
 def _one_or_many(value: Any) -> Any:
@@ -121,7 +145,7 @@ class Evaluate(Strict):
     split: Literal["test", "validation"]
     calibrate: bool
     data: Source
-    accelerator: Accelerator
+    accelerator: OneDevice
     probabilities: list[Annotated[int, Field(ge=0)]]
     plots: bool
 
@@ -155,7 +179,7 @@ class Predict(Strict):
     top_k: int = Field(ge=0, le=10)
     grid: Annotated[str | None, _ending("grid", ".png")]
     skip_errors: bool
-    accelerator: Accelerator
+    accelerator: OneDevice
 
     @model_validator(mode="after")
     def _bytes_of_one(self) -> Predict:
