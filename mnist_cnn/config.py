@@ -67,18 +67,16 @@ class Data(Strict):
 
 class Accelerator(Strict):
     name: Literal["cpu", "cuda", "auto"]
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["32-true"] = "32-true"  # of a trained network
     threads: int | None = Field(default=None, ge=1, le=1024)
-    devices: int = Field(default=1, ge=1, le=1024)
-    num_nodes: int = Field(default=1, ge=1, le=1024)
+    devices: Literal[1] = 1
+    num_nodes: Literal[1] = 1
 
 
-class OneDevice(Accelerator):
-    @model_validator(mode="after")
-    def _one(self) -> OneDevice:
-        if self.devices * self.num_nodes > 1:
-            raise ValueError("accelerator.devices and num_nodes are of mnist-train: this command works on one device")
-        return self
+class TrainingAccelerator(Accelerator):
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # type: ignore[assignment]
+    devices: int = Field(default=1, ge=1, le=1024)  # type: ignore[assignment]
+    num_nodes: int = Field(default=1, ge=1, le=1024)  # type: ignore[assignment]
 
 
 class Checkpointing(Strict):
@@ -91,7 +89,7 @@ class Train(Strict):
     architecture: Architecture
     optimizer: Annotated[Instantiable, AfterValidator(_optimizer)]
     schedule: Schedule
-    accelerator: Accelerator
+    accelerator: TrainingAccelerator
     data: Data
     logger: Instantiable | None
     seed: int = Field(ge=0, lt=2**32)
@@ -145,7 +143,7 @@ class Evaluate(Strict):
     split: Literal["test", "validation"]
     calibrate: bool
     data: Source
-    accelerator: OneDevice
+    accelerator: Accelerator
     probabilities: list[Annotated[int, Field(ge=0)]]
     plots: bool
 
@@ -179,7 +177,7 @@ class Predict(Strict):
     top_k: int = Field(ge=0, le=10)
     grid: Annotated[str | None, _ending("grid", ".png")]
     skip_errors: bool
-    accelerator: OneDevice
+    accelerator: Accelerator
 
     @model_validator(mode="after")
     def _bytes_of_one(self) -> Predict:

@@ -10,10 +10,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from mnist_cnn.architectures import CPU_BATCH
 from mnist_cnn.datasets import CLASSES, Digits, load
 from mnist_cnn.schema import UserError
 
-EVALUATION_BATCH = 100  # larger ones leave the caches of a CPU
 STRETCH = 2_000  # digits that a Lightning step takes: its own cost is then spread over many optimizer steps
 
 
@@ -195,9 +195,9 @@ class MNISTDataModule(pl.LightningDataModule):
         return self._evaluation(self.test)
 
     def _evaluation(self, digits: Digits) -> Batches:
-        stretch = math.ceil(STRETCH / EVALUATION_BATCH) if self.stretches else 0
+        stretch = math.ceil(STRETCH / CPU_BATCH) if self.stretches else 0
         rank, ranks = self._place()
-        return Batches(self._on_device(digits), EVALUATION_BATCH * ranks, None, stretch, rank, ranks)
+        return Batches(self._on_device(digits), CPU_BATCH * ranks, None, stretch, rank, ranks)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

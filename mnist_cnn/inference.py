@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mnist_cnn.architectures import ConvNet
+from mnist_cnn.architectures import CPU_BATCH, ConvNet
 from mnist_cnn.checkpoint import Description, described, find_checkpoint, find_device, network_of, rebuild
 from mnist_cnn.images import form_for
 from mnist_cnn.pictures import read_picture
@@ -21,7 +21,7 @@ from mnist_cnn.schema import UserError
 
 Picture = str | Path | Image.Image | NDArray[np.generic] | Tensor
 Pictures = Picture | Sequence[Picture]
-CPU_BATCH, ACCELERATOR_BATCH = 100, 2000  # digits
+ACCELERATOR_BATCH = 2000  # digits at once
 MAXIMUM_FILE = 2**30  # bytes of an .onnx or .safetensors file
 
 
@@ -59,7 +59,6 @@ class Classifier:
 
         Of several networks they are the logarithms of the mean of the probabilities.
         """
-        # On a CPU larger batches leave its caches and are half as fast; an accelerator wants many at once.
         size = CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH
         parts = [self._batch(part.to(self.device)).float().cpu() for part in images.split(size)]
         return torch.cat(parts) if len(images) else torch.empty(0, len(self.classes))

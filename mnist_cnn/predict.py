@@ -67,9 +67,8 @@ def predict(config: Predict) -> None:
     form = form_for(classifier.description.data.name, config.mode)
     pictures = sources(config.images, as_bytes=config.input == "bytes")
     failed, shown = 0, list[tuple[Read, Any]]()
-    writer, whole = writer_for(config.output), False
     bar = tqdm(unit=" pictures", disable=None, leave=False)  # on a terminal only
-    try:
+    with bar, writer_for(config.output) as writer:
         while batch := list(islice(pictures, BATCH)):
             reads = [
                 read(source, form, bool(config.grid) and len(shown) + index < GRID)
@@ -80,10 +79,6 @@ def predict(config: Predict) -> None:
             failed += report(reads)
             shown += [(one, row) for one, row in zip(reads, rows, strict=True) if one.thumbnail is not None]
             bar.update(len(batch))
-        whole = True
-    finally:
-        bar.close()
-        writer.close(whole)
     if config.grid:
         draw(shown, Path(config.grid))
     if failed and not config.skip_errors:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mnist_cnn.runs import whole
 from mnist_cnn.schema import UserError
 
 log = logging.getLogger(__name__)
@@ -67,36 +68,23 @@ class Table:
         top = " ".join(f"{label:>10} {value:.4f}" for label, value in zip(labels, values, strict=True))
         return f"{row['path']:<{self.width}}  {row['label']:<5}  {row['probability']:.4f}       {ten}  {top}".rstrip()
 
-    def close(self, whole: bool) -> None:
-        pass
-
 
 class File:
-    """A file that appears under its name when it is whole, and takes rows before that."""
+    """Rows to the end of a file."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
+        self.path = path
         self.first = True
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.open()
 
     def open(self) -> None:
-        self.file: TextIO = self.temporary.open("w", newline="", encoding="utf-8")
+        self.file: TextIO = self.path.open("w", newline="", encoding="utf-8")
 
     def end(self) -> None:
         self.file.close()
 
     def write(self, rows: Sequence[Row]) -> None:
         raise NotImplementedError
-
-    def close(self, whole: bool) -> None:
-        try:
-            self.end()
-            if whole:
-                self.temporary.replace(self.path)
-                log.info("%s", self.path)
-        finally:
-            self.temporary.unlink(missing_ok=True)
 
 
 class Csv(File):
@@ -130,7 +118,7 @@ class Parquet(File):
             import pyarrow.parquet
         except ImportError:
             raise UserError(
-                f"output={self.path} needs a package that is not installed: pip install 'mnist-cnn[parquet]'"
+                "a .parquet output needs a package that is not installed: pip install 'mnist-cnn[parquet]'"
             ) from None
         self.arrow = pyarrow
         self.writer: Any = None
@@ -140,7 +128,7 @@ class Parquet(File):
             return
         text, number = self.arrow.string(), self.arrow.float32()
         schema = self.arrow.schema([(key, number if "probability" in key else text) for key in rows[0]])
-        self.writer = self.writer or self.arrow.parquet.ParquetWriter(self.temporary, schema)
+        self.writer = self.writer or self.arrow.parquet.ParquetWriter(self.path, schema)
         self.writer.write_table(self.arrow.Table.from_pylist(list(rows), schema))
 
     def end(self) -> None:
@@ -151,6 +139,18 @@ class Parquet(File):
 FILES: dict[str, type[File]] = {".csv": Csv, ".json": Json, ".jsonl": JsonLines, ".parquet": Parquet}
 
 
-def writer_for(output: str | None) -> Table | File:
-    """By the file's ending, which the configuration has checked; a table without one."""
-    return Table() if output is None else FILES[Path(output).suffix](Path(output))
+@contextmanager
+def writer_for(output: str | None) -> Iterator[Table | File]:
+    """A file by its ending, which the configuration has checked, there once it is whole; a table without one."""
+    if output is None:
+        yield Table()
+        return
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        file = FILES[path.suffix](temporary)
+        try:
+            yield file
+        finally:
+            file.end()
+    log.info("%s", path)

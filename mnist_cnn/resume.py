@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.memory import is_oom_error
 
 from mnist_cnn.architectures import ConvNet
-from mnist_cnn.checkpoint import read_checkpoint, save
+from mnist_cnn.checkpoint import network_of, read_checkpoint, save
 from mnist_cnn.classifier import DigitClassifier
 from mnist_cnn.config import Train
 from mnist_cnn.schema import RunError, UserError
@@ -27,6 +27,7 @@ from mnist_cnn.schema import RunError, UserError
 log = logging.getLogger(__name__)
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+NEEDED = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "epoch", "global_step"}
 STEPS = "epoch_loop.manual_optimization.optim_step_progress"  # Lightning's count of optimizer steps
 
 
@@ -165,8 +166,9 @@ def last_whole(folder: Path, config: Train) -> tuple[Path, float] | None:
             continue
         try:
             content, description = read_checkpoint(path)
-            if "optimizer_states" not in content:
-                raise UserError(f"{path} holds weights alone")
+            network_of(path, description, content["state_dict"])
+            if missing := NEEDED - content.keys():
+                raise UserError(f"{path} has no {', '.join(sorted(missing))} to continue from")
         except UserError as error:
             log.warning("warning: %s", error)
             continue

@@ -284,7 +284,8 @@ TABLE = [
     (f"{TRAIN} accelerator.devices=0", 2, ["accelerator.devices=0: must be greater than or equal to 1"]),
     (f"{TRAIN} accelerator.num_nodes=2", 2, ["start the command on each machine by torchrun or srun"]),
     ("mnist-train resume=stopped accelerator.devices=5", 2, ["data.batch_size=", "cannot be shared evenly by 5 ranks"]),
-    (f"{PREDICT}RUN images=text.png accelerator.devices=2", 2, ["of mnist-train: this command works on one device"]),
+    (f"{PREDICT}RUN images=text.png accelerator.devices=2", 2, ["accelerator.devices=2: must be 1"]),
+    (f"{EVALUATE}RUN accelerator.precision=bf16-mixed", 2, ["accelerator.precision='bf16-mixed': must be '32-true'"]),
     # checkpoints
     (f"{EVALUATE}newer.ckpt", 2, ["has format 99", "this version reads formats 1 to", "install a newer one"]),
     (f"{EVALUATE}odd.ckpt", 2, ["describes no network that can be built"]),
@@ -404,7 +405,7 @@ ELSEWHERE = {
     "was not written: probabilities differ": "test_inference.py",
     "accelerator=cuda: torch finds no CUDA device": "test_messages.py, where there is none",
     "out of memory": "test_resume.py",
-    "holds weights alone": "test_resume.py: a warning",
+    " to continue from": "test_resume.py: a warning",
     "is another sweep's folder": "test_train.py",
     "the checksum of its": "test_messages.py",
     "it was trained without validation digits": "test_messages.py",

@@ -1,6 +1,6 @@
 """What scripts/benchmark sets beside mnist-train, each as its own users would write it.
 
-usage: python scripts/contestants.py bare|stock|example|keras RECIPE PRECISION EPOCHS [overrides, for bare]
+usage: python scripts/benchmarks/contestants.py bare|stock|example|keras RECIPE PRECISION EPOCHS [overrides, for bare]
 
 Each says "ready" once its data is read, a line at each epoch's end, and its test accuracy at the end; after "ready" and
 after each epoch it waits for a line.
@@ -122,6 +122,9 @@ def stock(recipe, precision, epochs):
             self.log("train/accuracy", self.accuracy)
             return loss
 
+        def validation_step(self, batch, index):
+            self.log("val/accuracy", (self.network(batch[0]).argmax(1) == batch[1]).float().mean())
+
         def test_step(self, batch, index):
             self.log("test/accuracy", (self.network(batch[0]).argmax(1) == batch[1]).float().mean())
 
@@ -134,8 +137,12 @@ def stock(recipe, precision, epochs):
 
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     train, test = (MNIST(ROOT, train=part, transform=transform) for part in (True, False))
-    train = Subset(train, range(54_000)) if settings["data"]["validation"] else train
-    loader = DataLoader(train, settings["data"]["batch_size"], shuffle=True)
+    size = settings["data"]["batch_size"]
+    validation = None
+    if settings["data"]["validation"]:
+        validation = DataLoader(Subset(train, range(54_000, 60_000)), size)
+        train = Subset(train, range(54_000))
+    loader = DataLoader(train, size, shuffle=True)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -144,10 +151,11 @@ def stock(recipe, precision, epochs):
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        num_sanity_val_steps=0,
     )
     ready()
     model = Stock()
-    trainer.fit(model, loader)
+    trainer.fit(model, loader, validation)
     print("test accuracy", trainer.test(model, DataLoader(test, 1000), verbose=False)[0]["test/accuracy"], flush=True)
 
 

@@ -1,0 +1,127 @@
+"""Epochs and fits of mnist-train beside what else one could run."""
+
+import statistics
+import subprocess
+import sys
+
+from benchmarks.turns import PRECISIONS, RECIPES, ROOT, TURNS, contestant, ours, ratio, spread, take_turns
+
+EXAMPLE = [  # the network and settings of PyTorch's own MNIST example
+    "architecture.blocks=[{filters:32,kernel:3},{filters:64,kernel:3,pool:2,dropout:0.25}]",
+    "architecture.dense=[{units:128,dropout:0.5}]",
+    "optimizer=adadelta",
+    "data.validation=0",
+    "data.batch_size=64",
+]
+RUN_BY = {
+    "keras": "Keras on TensorFlow",
+    "stock": "the Lightning habit",
+    "example": "PyTorch's example",
+    "float32": "ours, float32",
+    "bfloat16": "ours, bfloat16",
+}
+
+
+def beside_bare(recipe, value, *overrides):
+    """Seconds of mnist-train's epochs and of a bare loop's, and their ratio."""
+    chosen = [word for word in overrides if word.startswith("data.")]
+    commands = {
+        "bare": contestant("bare", recipe, TURNS + 1, value, *chosen),
+        "ours": ours(recipe, TURNS + 1, value, *overrides),
+    }
+    seconds, _ = take_turns(commands, TURNS + 1)
+    row = {"recipe": recipe, "seconds": seconds, "ratio": ratio(seconds["ours"], seconds["bare"])}
+    print("tax", recipe, value, *overrides, spread(row["ratio"]), file=sys.stderr)
+    return row
+
+
+def table_of_taxes(rows, column, digits):
+    table = [
+        f"| recipe | {column} | bare loop, s an epoch | mnist-train | ratio (lowest–highest) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        epoch = [f"{statistics.median(values[1:]):.{digits}f}" for values in row["seconds"].values()]
+        table.append(f"| `{row['recipe']}` | {row[column]} | {' | '.join(epoch)} | {spread(row['ratio'])} |")
+    return table
+
+
+def tax():
+    rows = [
+        {"precision": precision, **beside_bare(recipe, value)}
+        for precision, value in PRECISIONS.items()
+        for recipe in RECIPES
+    ]
+    return rows, table_of_taxes(rows, "precision", 2)
+
+
+def cuda():
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("error: cuda: torch finds no CUDA device here")
+    rows = [
+        {"batch": batch, **beside_bare(recipe, "32-true", f"data.batch_size={batch}", "accelerator=cuda")}
+        for recipe, batch in [*((recipe, 64) for recipe in RECIPES), ("conv32_64_64", 512)]
+    ]
+    return rows, table_of_taxes(rows, "batch", 3)
+
+
+def tensorflow():
+    """The Python of an environment with Keras on TensorFlow, made on first use."""
+    folder = ROOT / ".venv-keras"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print("making .venv-keras with tensorflow-cpu 2.21 and keras 3.15 ...", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "tensorflow-cpu==2.21.*", "keras==3.15.*"], check=True)
+    return python
+
+
+def beside_others(recipe, fit):
+    """A fit by everybody who can run it, an epoch each in turn."""
+    epochs = max(fit, TURNS + 1)  # a fit of fewer gives too few pairs: it goes on
+    if recipe:
+        others = {
+            "stock": contestant("stock", recipe, epochs),
+            "keras": contestant("keras", recipe, epochs, python=tensorflow()),
+        }
+    else:
+        others = {"example": contestant("example", None, epochs)}
+    commands = others | {
+        precision: ours(recipe, epochs, value, *([] if recipe else EXAMPLE)) for precision, value in PRECISIONS.items()
+    }
+    seconds, accuracy = take_turns(commands, epochs)
+    ratios = {f"{mine} / {other}": ratio(seconds[mine], seconds[other]) for mine in PRECISIONS for other in others}
+    print("keras", recipe, {name: spread(value) for name, value in ratios.items()}, file=sys.stderr)
+    return {
+        "recipe": f"`{recipe}`" if recipe else "PyTorch's example",
+        "epochs": epochs,
+        "fit": fit,
+        "seconds": seconds,
+        "accuracy": accuracy,
+        "ratios": ratios,
+    }
+
+
+def keras():
+    rows = [beside_others(recipe, fit) for recipe, fit in [*RECIPES.items(), (None, 3)]]
+    table = [
+        "| recipe | run by | fit, s (epochs) | test accuracy, % (epochs) | our float32 / it | our bfloat16 / it |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        for name, title in RUN_BY.items():
+            if name not in row["seconds"]:
+                continue
+            figures = [row["ratios"].get(f"{mine} / {name}") for mine in PRECISIONS]
+            own = " | ".join(spread(figure) if figure else "" for figure in figures)
+            total = sum(row["seconds"][name][: row["fit"]])
+            accuracy = f"{100 * row['accuracy'][name]:.2f} ({row['epochs']})"
+            table.append(f"| {row['recipe']} | {title} | {total:.1f} ({row['fit']}) | {accuracy} | {own} |")
+    note = (
+        "Fits from the first batch to the last, warming up included; accuracies of one seed. In brackets the epochs: "
+        "where a fit has fewer than six, the turns went on to six. Ratios are of single epochs, in turn. Keras "
+        "validates on the test digits where the tutorial does so (`conv32_32_dropout`, `conv10`), we do not."
+    )
+    return rows, [*table, "", note]
