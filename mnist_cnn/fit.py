@@ -28,13 +28,7 @@ from mnist_cnn.metrics import Scores, score
 from mnist_cnn.parts import classifier_for, first_network, trainer_for
 from mnist_cnn.progress import quiet
 from mnist_cnn.ranks import Group
-from mnist_cnn.resume import (
-    PREVIOUS,
-    Stopped,
-    failing_clearly,
-    last_whole,
-    stoppable,
-)
+from mnist_cnn.resume import PREVIOUS, Stopped, failing_clearly, last_whole, stoppable
 from mnist_cnn.runs import alone_in, describe_run, refuse_occupied, resumed, write_whole
 from mnist_cnn.schema import UserError
 

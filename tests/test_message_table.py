@@ -412,6 +412,7 @@ ELSEWHERE = {
     "was trained with": "test_train.py",
     "another process trains in this folder": "above",
     "but torchrun or srun has started": "test_data_parallel.py",
+    "cannot join the others": "torchrun or srun whose first machine is not reached",
     "torchrun and srun start the command": "the Python interface under torchrun or srun",
     "the other ranks have ended": "a sweep under srun after a rank has failed",
     "CUDA devices here": "a machine with CUDA, but less of it than was asked for",
