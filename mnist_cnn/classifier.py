@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from mnist_cnn.architectures import ConvNet
-from mnist_cnn.schema import RunError
+from mnist_cnn.schema import NotFiniteError
 
 REMEDY = "try a smaller optimizer.lr, or a schedule that begins lower; the checkpoint before it is kept"
 
@@ -115,19 +115,23 @@ class DigitClassifier(pl.LightningModule):
         """End the run at the first of a stretch's losses that is not finite."""
         first = next(index for index, loss in enumerate(losses) if not loss.isfinite())
         step = self.global_step - len(losses) + first + 1
-        raise RunError(f"the loss of step {step:,} is not finite, at learning rate {rates[first]:g}: {REMEDY}")
+        raise NotFiniteError(f"the loss of step {step:,} is not finite, at learning rate {rates[first]:g}: {REMEDY}")
 
     def require_finite(self) -> None:
         """Before a checkpoint is written: it must be one to continue from.
 
         Raises:
-            RunError: a weight or a loss is not finite.
+            NotFiniteError: a weight or a loss is not.
         """
         figures = [self.loss_sum.item(), *self._validated.values()]
         if not all(map(math.isfinite, figures)) or not all(p.isfinite().all() for p in self.network.parameters()):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             step = f"after step {self.global_step:,}, at learning rate {rate:g}"
-            raise RunError(f"the loss or a weight is not finite {step}: {REMEDY}")
+            raise NotFiniteError(f"the loss or a weight is not finite {step}: {REMEDY}")
+
+    def due(self, overdue: bool) -> bool:
+        """Whether a checkpoint is to be written now, within an epoch."""
+        return overdue
 
     def validation_step(self, stretch: Batch | tuple[Batch, ...], index: int) -> None:
         results = []

@@ -69,10 +69,14 @@ class Accelerator(Strict):
     name: Literal["cpu", "cuda", "auto"]
     precision: Literal["32-true"] = "32-true"  # of a trained network
     threads: int | None = Field(default=None, ge=1, le=1024)
+    devices: Literal[1] = 1
+    num_nodes: Literal[1] = 1
 
 
 class TrainingAccelerator(Accelerator):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # type: ignore[assignment]
+    devices: int = Field(default=1, ge=1, le=1024)  # type: ignore[assignment]
+    num_nodes: int = Field(default=1, ge=1, le=1024)  # type: ignore[assignment]
 
 
 class Checkpointing(Strict):
@@ -96,6 +100,20 @@ class Train(Strict):
     initialize: NonEmpty | None
     freeze: Literal["blocks"] | None
     plots: bool
+
+    @model_validator(mode="after")
+    def _shared_evenly(self) -> Train:
+        if not self.resume and (uneven := self.uneven()):  # a resumed run has a batch size of its own
+            raise ValueError(uneven)
+        return self
+
+    def uneven(self) -> str:
+        """What is wrong where the ranks cannot share a batch evenly."""
+        size, ranks = self.data.batch_size, self.accelerator.devices * self.accelerator.num_nodes
+        nearest = max(round(size / ranks), 1) * ranks
+        if size % ranks == 0:
+            return ""
+        return f"data.batch_size={size} cannot be shared evenly by {ranks} ranks; the nearest that can is {nearest}"
 
 
 def _one_or_many(value: Any) -> Any:

@@ -25,25 +25,50 @@ class Batches:
         size: digits a batch; the last may be shorter.
         order: gives the indices of an epoch.
         stretch: 0 for plain batches; else this many batches at a time, as a tuple, for a step that takes several.
+        rank, ranks: give the share of this one of so many of each batch: of n digits those from n·rank/ranks on,
+            which may be none of a short last batch. All ranks have as many batches, and together each digit once.
     """
 
-    def __init__(self, digits: Digits, size: int, order: Callable[[], Tensor] | None = None, stretch: int = 0) -> None:
+    def __init__(
+        self,
+        digits: Digits,
+        size: int,
+        order: Callable[[], Tensor] | None = None,
+        stretch: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.digits, self.size, self.order, self.stretch = digits, size, order, stretch
+        self.rank, self.ranks = rank, ranks
 
     def __iter__(self) -> Iterator[Any]:
         images, labels = self.digits
         indices = self.order().to(labels.device) if self.order else None
+        if indices is None and self.ranks > 1:
+            indices = torch.arange(len(labels), device=labels.device)
         if indices is not None and not len(indices):
             yield ()  # a run was stopped after an epoch's last step: Lightning validates after a batch only
         count = max(self.stretch, 1) * self.size
+        sizes: int | list[int] = self.size
         for start in range(0, len(labels) if indices is None else len(indices), count):
             if indices is None:
                 part = Digits(images[start : start + count], labels[start : start + count])
             else:
-                chosen = indices[start : start + count]
+                chosen, sizes = self._share(indices[start : start + count])
                 part = Digits(images.index_select(0, chosen), labels.index_select(0, chosen))
-            batches = tuple(zip(*(tensor.split(self.size) for tensor in part), strict=True))
+            batches = tuple(zip(*(tensor.split(sizes) for tensor in part), strict=True))
             yield batches if self.stretch else batches[0]
+
+    def _share(self, chosen: Tensor) -> tuple[Tensor, int | list[int]]:
+        """This rank's of the indices of several batches, and how many it has of each."""
+        if self.ranks == 1:
+            return chosen, self.size
+        bounds = [
+            (len(batch) * self.rank // self.ranks, len(batch) * (self.rank + 1) // self.ranks, batch)
+            for batch in chosen.split(self.size)
+        ]
+        shares = [batch[start:end] for start, end, batch in bounds]
+        return torch.cat(shares), [len(share) for share in shares]
 
 
 class MNISTDataModule(pl.LightningDataModule):
@@ -161,7 +186,7 @@ class MNISTDataModule(pl.LightningDataModule):
             return indices[position * self.batch_size :] if epoch == first else indices
 
         stretch = math.ceil(STRETCH / self.batch_size) if self.stretches else 0
-        return Batches(self._on_device(self.train), self.batch_size, order, stretch)
+        return Batches(self._on_device(self.train), self.batch_size, order, stretch, *self._place())
 
     def val_dataloader(self) -> Batches | list[Any]:
         return self._evaluation(self.validation) if len(self.validation.labels) else []
@@ -171,7 +196,11 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def _evaluation(self, digits: Digits) -> Batches:
         stretch = math.ceil(STRETCH / CPU_BATCH) if self.stretches else 0
-        return Batches(self._on_device(digits), CPU_BATCH, stretch=stretch)
+        rank, ranks = self._place()
+        return Batches(self._on_device(digits), CPU_BATCH * ranks, None, stretch, rank, ranks)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _on_device(self, digits: Digits) -> Digits:
         # All of MNIST is 55 MB: it lives on the accelerator, and batches are cut there.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,30 +13,24 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from mnist_cnn.architectures import ConvNet, summary
-from mnist_cnn.checkpoint import FORMAT, check_precision, find_device, rebuild
+from mnist_cnn.architectures import summary
+from mnist_cnn.checkpoint import check_precision, find_device
 from mnist_cnn.classifier import DigitClassifier, Row
 from mnist_cnn.config import Train
+from mnist_cnn.data_parallel import SharedClassifier, shared_logits
 from mnist_cnn.datamodule import MNISTDataModule
+from mnist_cnn.gathering import gathered
 from mnist_cnn.inference import Classifier, load_classifier
 from mnist_cnn.metrics import Scores, score
-from mnist_cnn.progress import bars, epoch_line, quiet
-from mnist_cnn.resume import (
-    PREVIOUS,
-    Checkpoints,
-    Stopped,
-    WholeCheckpoints,
-    failing_clearly,
-    last_whole,
-    stoppable,
-)
-from mnist_cnn.runs import alone_in, describe_run, refuse_occupied, resumed, versions, write_csv, write_whole
+from mnist_cnn.parts import classifier_for, first_network, trainer_for
+from mnist_cnn.progress import quiet
+from mnist_cnn.ranks import Group
+from mnist_cnn.resume import PREVIOUS, Stopped, failing_clearly, last_whole, stoppable
+from mnist_cnn.runs import alone_in, describe_run, refuse_occupied, resumed, write_whole
 from mnist_cnn.schema import UserError
-from mnist_cnn.targets import made, tried
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +47,10 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
         if finished:
             log.info("%s has finished already: nothing was changed", folder)
             return finished
-    with alone_in(folder), stoppable(folder) as training:
+    with alone_in(folder), stoppable(folder) as training, gathered(config, folder) as group:
         if not config.resume:
             refuse_occupied(folder)
-        return _fit(config, folder, overrides, choices, training)
+        return _fit(config, folder, overrides, choices, training, group)
 
 
 def _fit(
@@ -64,40 +59,38 @@ def _fit(
     overrides: Sequence[str],
     choices: Mapping[str, Any],
     training: list[DigitClassifier],
+    group: Group | None,
 ) -> Metrics:
-    quiet()
-    device = find_device(config.accelerator.name)
-    check_precision(config.accelerator.precision, device)
-    if config.accelerator.threads:
-        torch.set_num_threads(config.accelerator.threads)
-    keep_memory()
-    torch.manual_seed(config.seed)
-
+    device = prepare(config, group)
     data = MNISTDataModule(**config.data.model_dump(), seed=config.seed, stretches=True)
     data.setup()
     continued = last_whole(folder, config) if config.resume else None
     network, config = first_network(config, data, overrides, continued is not None)
-    network.onednn = True
     log.info("%s", data.shapes())
     log.info("%s", summary(network.specification, len(data.classes)))
-    classifier = classifier_for(config, network, data, folder)
-    trainer = trainer_for(config, data, folder, device)
+    classifier = classifier_for(config, network, data, folder, group)
+    trainer = trainer_for(config, data, folder, device, group)
+    path, earlier = continued or (None, 0.0)
+    if group:
+        log.info("%s", shares(config, device, group))
+        job = {"config": config.model_dump(mode="json"), "folder": str(folder), "checkpoint": path and str(path)}
+        group.hand_over(job)
     describe_run(folder, config, overrides, choices)
 
-    path, earlier = continued or (None, 0.0)
     start = time.perf_counter()
     training.append(classifier)  # from here on a signal lets it finish its step and save
     with failing_clearly(folder, config, network):
         (folder / "checkpoints").mkdir(exist_ok=True)
         trainer.fit(classifier, datamodule=data, ckpt_path=path, weights_only=True)
+        if isinstance(classifier, SharedClassifier):
+            classifier.agree()
     training.clear()
     if classifier.stopping:
         raise Stopped(classifier.stopping)
     seconds = earlier + time.perf_counter() - start
 
     # The test set is looked at once, through the checkpoint that the user keeps.
-    best = load_classifier(folder / "checkpoints" / "best.ckpt", device.type)
-    logits = best.logits(data.test.images)
+    best, logits = tested(folder / "checkpoints" / "best.ckpt", data, device, group)
     scores = score(logits, data.test.labels)
     metrics = metrics_of(best, scores, len(classifier.history), seconds)
     for logger in trainer.loggers:
@@ -112,72 +105,41 @@ def _fit(
     return metrics
 
 
-def first_network(
-    config: Train, data: MNISTDataModule, overrides: Sequence[str], continued: bool
-) -> tuple[ConvNet, Train]:
-    """The network before its first step, and the configuration with the architecture that it really has."""
-    if continued or not config.initialize:  # a continued run has its weights from its own last checkpoint
-        network = ConvNet(config.architecture, len(data.classes), data.mean, data.standard_deviation)
-    else:
-        # The weights were trained on digits normalised by their own figures, so those stay.
-        network, description = rebuild(config.initialize)
-        asked = [word for word in overrides if word.lstrip("+").startswith(("architecture", "experiment"))]
-        if asked and description.architecture != config.architecture:
-            raise UserError(
-                f"{' '.join(asked)} is not the architecture of initialize={config.initialize}; "
-                "leave it out: the checkpoint brings its own"
-            )
-        figures = description.data.normalization
-        if config.data.normalization != figures and any("data.normalization" in word for word in overrides):
-            raise UserError(
-                f"data.normalization={config.data.normalization}: initialize={config.initialize} was trained with "
-                f"{figures}; leave it out: the checkpoint brings its own"
-            )
-        seen = description.data.model_dump(exclude={"normalization"})
-        wanted = {**config.data.model_dump(include=set(seen)), "seed": config.seed}
-        if data.data_name == seen["name"] and config.data.validation and wanted != seen:
-            log.warning("warning: %s was trained on some of these validation digits", config.initialize)
-        own = {
-            "architecture": description.architecture,
-            "data": config.data.model_copy(update={"normalization": figures}),
-        }
-        config = config.model_copy(update=own)
-        if description.classes != data.classes:
-            network.new_logits(len(data.classes))
-    if config.freeze == "blocks":
-        network.blocks.requires_grad_(False)
-    return network, config
+def prepare(config: Train, group: Group | None) -> torch.device:
+    """Set up torch for a run, in each of its processes.
+
+    Raises:
+        UserError: there are not as many devices, or they do not do this precision.
+    """
+    quiet()
+    device = find_device(config.accelerator.name)
+    if device.type == "cuda" and (found := torch.cuda.device_count()) < config.accelerator.devices:
+        raise UserError(f"accelerator.devices={config.accelerator.devices}: torch finds {found} CUDA devices here")
+    check_precision(config.accelerator.precision, device)
+    if config.accelerator.threads:
+        torch.set_num_threads(config.accelerator.threads)
+    elif group and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.accelerator.devices))
+    keep_memory()
+    torch.manual_seed(config.seed)
+    return device
 
 
-def classifier_for(config: Train, network: ConvNet, data: MNISTDataModule, folder: Path) -> DigitClassifier:
-    """The LightningModule of a run, its optimizer and schedule tried before training starts."""
-    make_optimizer = made(config.optimizer, "optimizer")
-    make_scheduler = made(config.schedule.scheduler, "schedule.scheduler")
-    trial = tried(make_optimizer, "optimizer", [p for p in network.parameters() if p.requires_grad])
-    length = config.schedule.length
-    tried(make_scheduler, "schedule.scheduler", trial, **({length: 10} if length else {}))
-    where = config.data.model_dump(include={"name", "validation", "validation_from", "normalization"})
+def shares(config: Train, device: torch.device, group: Group) -> str:
+    size, each = config.data.batch_size, config.data.batch_size // group.size
+    where = f"on {config.accelerator.num_nodes} machines" if config.accelerator.num_nodes > 1 else "on this machine"
+    threads = f"; threads of each: {torch.get_num_threads()}" if device.type == "cpu" else ""
+    return f"{group.size} ranks {where} ({device.type}), each with {each} of a batch's {size} digits{threads}"
 
-    def report(history: list[Row]) -> None:
-        write_csv(folder / "metrics.csv", history)
-        log.info("%s", epoch_line(history[-1], config.epochs))
 
-    return DigitClassifier(
-        network,
-        make_optimizer,
-        make_scheduler,
-        config.schedule.interval,
-        config.schedule.length,
-        config.seed,
-        {
-            "format": FORMAT,
-            "architecture": config.architecture.model_dump(),
-            "classes": data.classes,
-            "data": {**where, "seed": config.seed},
-            "versions": versions(),
-        },
-        report,
-    )
+def tested(
+    checkpoint: Path, data: MNISTDataModule, device: torch.device, group: Group | None
+) -> tuple[Classifier, Tensor]:
+    """A checkpoint's classifier, and its logits (N, classes) of the test digits, of which each rank does a share."""
+    if group:
+        return shared_logits(checkpoint, data.test.images, device.type, group)
+    best = load_classifier(checkpoint, device.type)
+    return best, best.logits(data.test.images)
 
 
 def keep_memory() -> None:
@@ -185,26 +147,6 @@ def keep_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
-
-
-def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torch.device) -> pl.Trainer:
-    """Lightning's Trainer, with nothing in it that costs time each step."""
-    validated = len(data.validation.labels) > 0
-    monitor = "val/accuracy" if validated and config.selection == "best" else None
-    return pl.Trainer(
-        accelerator=device.type,
-        devices=1,
-        precision=config.accelerator.precision,
-        max_epochs=config.epochs,
-        logger=made(config.logger, "logger") if config.logger else False,
-        callbacks=[Checkpoints(folder / "checkpoints", monitor, config.checkpoint.every_seconds), *bars(config.epochs)],
-        plugins=[WholeCheckpoints()],
-        limit_val_batches=None if validated else 0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 def metrics_of(best: Classifier, scores: Scores, epochs: int, seconds: float) -> Metrics:

@@ -99,7 +99,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, classifier: pl.LightningModule, *_: Any) -> None:
         assert isinstance(classifier, DigitClassifier)
-        if classifier.stopping or time.monotonic() - self.saved > self.seconds:
+        if classifier.stopping or classifier.due(time.monotonic() - self.saved > self.seconds):
             classifier.require_finite()
             self.save(trainer, LAST)
         if classifier.stopping:

@@ -17,6 +17,10 @@ class RunError(Exception):
     """The settings were right and the work failed all the same: one line, exit status 1."""
 
 
+class NotFiniteError(RunError):
+    """The loss or a weight is not finite."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean …?"` for the known word that looks most like `word`, or nothing where none does."""
     close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)

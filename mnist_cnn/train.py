@@ -18,7 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.command import in_one_line, plain, run_command
 from mnist_cnn.config import CONF, Train
+from mnist_cnn.follow import take_part
 from mnist_cnn.jobs import claim, discard, guarded, plain_job
+from mnist_cnn.ranks import outside
 from mnist_cnn.schema import UserError, validated
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ def job(config: DictConfig) -> Metrics | None:
 
 
 def main() -> None:
+    if outside():
+        take_part(lambda: run_command(job, "train"))
     run_command(job, "train")
 
 

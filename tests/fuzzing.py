@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 import mnist_cnn
-from mnist_cnn import datasets, fit
+from mnist_cnn import datasets, fit, parts
 from mnist_cnn.images import mnist_form
 from mnist_cnn.inference import load_classifier
 from mnist_cnn.pictures import read_picture, sources
@@ -152,8 +152,8 @@ def built(config, folder, words, choices):
     """In place of a fit: all that is made before the first step, and one step's forward of a small network."""
     data = fit.MNISTDataModule(**config.data.model_dump(), seed=config.seed)
     data.setup()
-    network, config = fit.first_network(config, data, words, False)
-    fit.classifier_for(config, network, data, folder)
+    network, config = parts.first_network(config, data, words, False)
+    parts.classifier_for(config, network, data, folder, None)
     fit.check_precision(config.accelerator.precision, fit.find_device(config.accelerator.name))
     if sum(layer.parameters for layer in config.architecture.layers()) < 10**6:
         assert network.eval()(data.train.images[:1]).shape == (1, len(data.classes))

@@ -1,0 +1,188 @@
+"""Several ranks: the steps, the figures and the checkpoints of one process, one folder, and one end for all."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_messages import said
+from test_resume import SETTINGS as DROPOUT
+from test_resume import equal, signalled  # noqa: F401
+from test_train import metrics, weights
+
+from mnist_cnn.checkpoint import read_checkpoint
+from mnist_cnn.datamodule import Batches
+from mnist_cnn.datasets import Digits
+from mnist_cnn.ranks import Group
+
+# Without dropout. The last batch, of 13 or 15 digits, is one that two ranks cannot share evenly.
+SETTINGS = ("data=digits", "plots=false", "data.batch_size=64", "architecture=conv10", "accelerator=cpu")
+TWO = "accelerator.devices=2"
+COMMAND = [sys.executable, "-m", "mnist_cnn.train", *SETTINGS, "epochs=1"]
+
+
+def apart(first, second):
+    """The largest difference of any weight."""
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def children(pid):
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+
+
+class Failing(torch.optim.SGD):
+    """Ends rank 1 at its 26th step: by an exception where the learning rate is 0.01, and else by SIGKILL."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        if self.steps == 26 and os.environ.get("LOCAL_RANK") == "1":
+            if self.param_groups[0]["lr"] == 0.01:
+                raise ValueError("something odd")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize(("digits", "size", "stretch"), [(1293, 64, 3), (65, 64, 1), (64, 64, 2), (7, 16, 0)])
+def test_each_digit_once_in_as_many_batches(ranks, digits, size, stretch):
+    numbered = Digits(torch.zeros(digits, 1, 28, 28, dtype=torch.uint8), torch.arange(digits))
+    order = torch.randperm(digits, generator=torch.Generator().manual_seed(1))
+    seen = []
+    for rank in range(ranks):
+        loader = Batches(numbered, size, lambda: order, stretch, rank, ranks)
+        seen.append([labels for group in loader for _, labels in (group if stretch else [group])])
+    steps = list(zip(*seen, strict=True))
+    for step, whole in zip(steps, order.split(size), strict=True):
+        assert torch.cat(step).equal(whole)
+        assert max(map(len, step)) - min(map(len, step)) <= 1
+
+
+def test_two_ranks_in_a_sweep_make_the_steps_of_one_process(run, tmp_path):
+    """After 22 steps, with 78 validation digits and 360 test digits; the sweep has a failing job between."""
+    words = (*SETTINGS, "epochs=1", "data.validation=78", "data.normalization=standard", "schedule=onecycle")
+    alone = run("mnist-train", *words, "seed=2").folder()
+    ended = run("mnist-train", "-m", *words, TWO, "seed=2", "initialize=null,nowhere", "hydra.sweep.dir=sweep")
+    assert ended.status == 1
+    assert ended.err.count("\n") == 1
+    assert "checkpoint nowhere does not exist" in ended.err
+    assert "2 ranks on this machine (cpu), each with 32 of a batch's 64 digits; threads of each: " in ended.out
+    assert [len(re.findall(line, ended.out, re.MULTILINE)) for line in ("^epoch 1/1", "^test loss", "^total ")] == [
+        1
+    ] * 3
+    folders = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert len(folders) == 2
+    names = {str(file.relative_to(alone)) for file in alone.rglob("*") if file.is_file()}
+    assert {str(file.relative_to(folders[0])) for file in folders[0].rglob("*") if file.is_file()} == names
+    logged = (folders[0] / "train.log").read_text().splitlines()
+    assert len(logged) == len({line for line in logged if line.strip()})
+    assert apart(weights(alone), weights(folders[0])) <= 1e-5
+    content, description = read_checkpoint(folders[0] / "checkpoints" / "last.ckpt")
+    assert content["global_step"] == len(description.history) * 22 == 22
+    ours, theirs = metrics(alone), metrics(folders[0])
+    for key in ("train/loss", "val/loss", "test/loss"):
+        assert theirs[key] == pytest.approx(ours[key], abs=1e-5)
+    for key in ("train/accuracy", "val/accuracy", "test/accuracy"):
+        assert theirs[key] == pytest.approx(ours[key], abs=1e-9)
+    assert "360 digits" in ended.out
+
+
+def test_checkpoints_cross_in_the_middle_of_an_epoch(run, tmp_path, signalled):  # noqa: F811
+    """Begun by one process, stopped by SIGTERM; continued by two, stopped by SIGINT; ended by one."""
+    words = (*SETTINGS, "epochs=3", "schedule=onecycle")
+    whole = run("mnist-train", *words).folder()
+    signalled(signal.SIGTERM, 5)
+    assert run("mnist-train", *words, "hydra.run.dir=run").status == 143
+    signalled(signal.SIGINT, 24)
+    ended = run("mnist-train", "resume=run", TWO)
+    assert ended.status == 130
+    assert ended.err == f"stopped by SIGINT; continue with: mnist-train resume={tmp_path / 'run'}\n"
+    content, _ = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert (content["global_step"], content["epoch_so_far"]["seen"]) == (29, 8 * 64)
+    assert not children(os.getpid())
+    assert run("mnist-train", "resume=run", "accelerator.devices=1").status == 0
+    assert apart(weights(whole), weights(tmp_path / "run")) <= 1e-4
+    rows = [[*csv.DictReader((folder / "metrics.csv").open())] for folder in (whole, tmp_path / "run")]
+    for one, other in zip(*rows, strict=True):
+        assert float(one["train/loss"]) == pytest.approx(float(other["train/loss"]), abs=1e-4)
+
+
+def test_as_many_ranks_continue_to_the_same_bits_with_dropout(run, tmp_path, signalled):  # noqa: F811
+    whole = run("mnist-train", *DROPOUT, TWO).folder()
+    signalled(signal.SIGTERM, 30)
+    assert run("mnist-train", *DROPOUT, TWO, "hydra.run.dir=run").status == 143
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")[0]["epoch_so_far"]["position"] == 9
+    assert run("mnist-train", "resume=run").status == 0
+    equal(whole, tmp_path / "run")
+
+
+def test_a_rank_that_fails_ends_the_others_and_the_sweep_goes_on(run, tmp_path):
+    """The first job's rank 1 is killed and the second's raises, each in the second epoch."""
+    words = (*SETTINGS, TWO, "epochs=9", "optimizer=sgd", "optimizer._target_=test_data_parallel.Failing")
+    begun = time.monotonic()
+    ended = run("mnist-train", "-m", *words, "optimizer.lr=0.02,0.01", "hydra.sweep.dir=sweep")
+    assert time.monotonic() - begun < 60
+    assert ended.status == 1
+    first, second = ended.err.splitlines()
+    assert "rank 1 was ended by SIGKILL; its last checkpoint is whole; continue with: mnist-train resume=" in first
+    assert "rank 1 failed: ValueError: something odd" in second
+    assert not children(os.getpid())
+    for folder in sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir()):
+        assert len(read_checkpoint(folder / "checkpoints" / "last.ckpt")[1].history) == 1
+        assert not (folder / ".lock").exists()
+
+
+def test_the_others_end_where_rank_0_is_killed(tmp_path):
+    command = [*COMMAND, "epochs=500", TWO, "hydra.run.dir=run"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+            time.sleep(0.05)
+        (other,) = children(process.pid)
+        process.kill()
+        _, err = process.communicate()  # until the other rank has closed its end too
+    assert err == b""
+    assert not Path(f"/proc/{other}").exists() or "Z" in Path(f"/proc/{other}/stat").read_text().split()[2]
+    read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_ranks_that_another_has_started(tmp_path, launcher):
+    """torchrun, and the variables that srun sets: one folder, each line once, status 0 of all."""
+    words = ["-m", "mnist_cnn.train", *COMMAND[3:], TWO]
+    if launcher == "torchrun":
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        runs = [subprocess.Popen([*start, *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True)]
+    else:
+        slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+        slurm |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1"}
+        runs = [
+            subprocess.Popen(
+                [sys.executable, *words],
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                env={**os.environ, **slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+                text=True,
+            )
+            for rank in range(2)
+        ]
+    outs = [process.communicate(timeout=120)[0] for process in runs]
+    assert [process.returncode for process in runs] == [0] * len(runs)
+    assert outs[1:] in ([], [""])
+    assert outs[0].count("epoch 1/1") == outs[0].count("test loss") == 1
+    (folder,) = (tmp_path / "outputs" / "train").iterdir()
+    assert metrics(folder)["epochs"] == 1
+
+
+def test_as_many_ranks_as_were_started(run, monkeypatch):
+    monkeypatch.setattr(Group, "theirs", SimpleNamespace(size=2, broken=False))
+    ended = run("mnist-train", *SETTINGS)
+    said(ended, "accelerator.devices=1 and accelerator.num_nodes=1 are 1 ranks, but torchrun or srun has started 2")
