@@ -20,8 +20,9 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, open_dict, read_write
 
 from mnist_cnn.config import Train
-from mnist_cnn.multirun import Sweep, failure, state
+from mnist_cnn.multirun import Sweep
 from mnist_cnn.plan import Job
+from mnist_cnn.table import failure, state
 from mnist_cnn.worker import SECONDS, SHARED, STOP, launcher_of
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import signal
@@ -14,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_cnn.plan import RECORD, Job, continued, settings_of
 from mnist_cnn.runs import alone_in, write_csv, write_whole
+from mnist_cnn.table import job_row, number, results_table, state
 from mnist_cnn.worker import STOP
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class Sweep:
     def folders(self) -> list[Path]:
         """Of the jobs that are planned, or else of those that have begun."""
         return [job.folder for job in self.jobs] or sorted(
-            (path.parent for path in self.folder.glob("*/.hydra")), key=_number
+            (path.parent for path in self.folder.glob("*/.hydra")), key=number
         )
 
 
@@ -56,14 +55,6 @@ _sweeps: list[Sweep] = []
 def current() -> Sweep | None:
     """The sweep that this process runs; none in a process that only works on a job of one."""
     return _sweeps[-1] if _sweeps else None
-
-
-def state(folder: Path) -> str:
-    """What a job has left in its folder."""
-    for file, name in (("metrics.json", "finished"), ("error.txt", "failed"), ("config.yaml", "interrupted")):
-        if (folder / file).is_file():
-            return name
-    return "not begun"
 
 
 def begin(config: DictConfig, folder: Path, jobs: list[Job]) -> Sweep:
@@ -123,7 +114,8 @@ def swept(task: Callable[[], Any]) -> None:
             raise  # before the first job
         if failed:  # a launcher; what fails in a job is reported there
             sweep.halt()
-            log.error("error: the sweep broke off: %.300s", " ".join(f"{type(error).__name__}: {error}".split()))
+            reason = " ".join(f"{type(error).__name__}: {error}".split()).partition(". ")[0]
+            log.error("error: the sweep broke off: %.300s", reason)
         stopped(sweep)
         raise SystemExit(error.code if isinstance(error, SystemExit) else 1) from None
     finally:
@@ -183,42 +175,3 @@ def _continue(sweep: Sweep) -> str:
 
 def _name(sweep: Sweep, folder: Path) -> str:
     return str(folder.relative_to(sweep.folder))
-
-
-def _number(folder: Path) -> tuple[float, str]:
-    """Where a job stands in its sweep: by the number that its folder's name begins with."""
-    first = folder.name.split("_")[0]
-    return (int(first) if first.isdigit() else float("inf"), folder.name)
-
-
-def job_row(folder: Path, name: str, words: list[str] | None) -> dict[str, Any]:
-    """A line of a sweep's results.csv; `words` are read from the folder where nobody planned them."""
-    if words is None:
-        words = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
-    metrics: dict[str, Any] = {}
-    reason = ""
-    if state(folder) == "finished":
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    else:
-        reason = failure(folder) or "did not finish"
-    figures = {key: metrics.get(key) for key in ("val/accuracy", "test/accuracy", "fit_seconds")}
-    return {"job": name, "overrides": " ".join(settings_of(words)), **figures, "error": reason}
-
-
-def failure(folder: Path) -> str:
-    """Why a job failed: the first line of its error.txt, below which a traceback may stand."""
-    error = folder / "error.txt"
-    return error.read_text(encoding="utf-8").partition("\n")[0] if error.is_file() else ""
-
-
-def results_table(rows: list[dict[str, Any]]) -> str:
-    def percent(value: float | None) -> str:
-        return "–" if value is None else f"{value:.2%}"
-
-    width = max(len("overrides"), *(len(row["overrides"]) for row in rows))
-    lines = [f"{'overrides':<{width}}  validation     test  seconds"]
-    for row in rows:
-        seconds = "–" if row["fit_seconds"] is None else f"{row['fit_seconds']:.1f}"
-        figures = f"{percent(row['val/accuracy']):>10} {percent(row['test/accuracy']):>8} {seconds:>8}"
-        lines.append(f"{row['overrides']:<{width}}  {figures}{'  failed: ' + row['error'] if row['error'] else ''}")
-    return "\n".join(lines)

@@ -137,7 +137,7 @@ def differences(theirs: list[str], ours: list[str]) -> str:
 def _changed(stored: Train, settings: Strict) -> str:
     """What of a job that has begun would not be the same now, as where a YAML was edited."""
     assert isinstance(settings, Train)
-    keys = ("architecture", "optimizer", "schedule", "seed", "selection", "initialize", "freeze")
+    keys = ("architecture", "optimizer", "schedule", "seed", "epochs", "selection", "initialize", "freeze")
     was, now = (
         {key: getattr(one, key) for key in keys}
         | {f"data.{key}": value for key, value in one.data.model_dump(exclude={"root"}).items()}
@@ -187,4 +187,6 @@ def continued(words: list[str]) -> list[str]:
     fast = [word for word in own if key_of(word) == "fail_fast"]
     tasks = [word for word in theirs if not fast or key_of(word) != "fail_fast"]
     kept = [word for word in record["overrides"]["hydra"] if key_of(word) not in ours]
+    if "hydra/launcher" in ours:  # whose settings were the other one's
+        kept = [word for word in kept if not key_of(word).startswith("hydra.launcher.")]
     return [*flags, *tasks, *fast, *kept, *hydras, literal("hydra.sweep.dir", str(folder))]

@@ -22,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_cnn.command import in_one_line, plain, run_command
 from mnist_cnn.config import CONF, Train
 from mnist_cnn.jobs import claim, discard, guarded, plain_job
-from mnist_cnn.multirun import state, swept
+from mnist_cnn.multirun import swept
 from mnist_cnn.schema import UserError, validated
+from mnist_cnn.table import state
 from mnist_cnn.worker import own_share
 
 if TYPE_CHECKING:

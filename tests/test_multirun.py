@@ -208,6 +208,12 @@ def test_a_launcher_that_is_not_installed(tmp_path, launcher):
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_failing_job_of_another_command_fails_its_sweep(run, tmp_path, trained):
+    ended = run("mnist-evaluate", "-m", f"checkpoint=nowhere,{trained}", "plots=false", "hydra.sweep.dir=sweep")
+    assert (ended.status, "error: job 0 (checkpoint=nowhere" in ended.err) == (1, True)
+    assert len(list((tmp_path / "sweep").glob("*/evaluation.json"))) == 1
+
+
 # --- jobs in processes of their own ------------------------------------------------------------------------
 
 
@@ -286,7 +292,7 @@ def test_jobs_at_once_are_the_jobs_alone(run, tmp_path, two_gpus, one_thread, la
 
 
 @pytest.mark.parametrize(("launcher", "signum"), [("parallel", signal.SIGINT), ("submitit", signal.SIGTERM)])
-def test_a_signal_ends_the_jobs_at_once_with_their_checkpoints(tmp_path, launcher, signum):
+def test_a_signal_ends_the_jobs_at_once_with_their_checkpoints(run, tmp_path, launcher, signum):
     pytest.importorskip("joblib" if launcher == "parallel" else "submitit")
     words = (*SMALL, "epochs=9999", "seed=1,2,3", f"hydra/launcher={launcher}")
     limit = "hydra.launcher.n_jobs=2" if launcher == "parallel" else "hydra.sweeper.max_batch_size=2"
@@ -307,6 +313,9 @@ def test_a_signal_ends_the_jobs_at_once_with_their_checkpoints(tmp_path, launche
     for log in sweep.glob("*/train.log"):
         assert f"stopped by SIGTERM; continue with: mnist-train resume={log.parent}" in log.read_text()
     wait_until(lambda: not processes(process.pid), 10)
+    for config in sweep.glob("*/config.yaml"):  # each is resumed as it was begun
+        config.write_text(config.read_text().replace("epochs: 9999", "epochs: 10000"))
+    said(run("mnist-train", f"multirun.resume={sweep}", "hydra/launcher=basic"), "has another epochs")
 
 
 @pytest.fixture
