@@ -29,7 +29,8 @@ OmegaConf.register_new_resolver(
 )
 
 
-PATHS = {"checkpoint", "images", "initialize", "resume", "data.root", "hydra.run.dir", "hydra.sweep.dir"}
+PATHS = {"checkpoint", "images", "initialize", "resume", "multirun.resume", "data.root"}
+PATHS |= {"hydra.run.dir", "hydra.sweep.dir"}
 
 
 class Console(logging.StreamHandler[TextIO]):
@@ -78,6 +79,9 @@ def in_one_line(error: Exception, config_name: str) -> str:
     text = str(error)
     if isinstance(error, UserError):
         return text
+    if isinstance(error, MissingConfigException) and (plugin := re.search(r"hydra/launcher/(joblib|submitit)_?", text)):
+        name = plugin[1]
+        return f"hydra/launcher needs a package that is not installed: pip install 'mnist-cnn[{name}]'"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return (
@@ -104,6 +108,12 @@ def in_one_line(error: Exception, config_name: str) -> str:
     )
 
 
+def literal(key: str, value: str) -> str:
+    """An override by which Hydra takes every character of `value` as it is."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
 def _literal_paths(arguments: list[str]) -> list[str]:
     """Quote values that name an existing path, so that spaces, commas and `=` in it mean themselves."""
     quoted = []
@@ -111,8 +121,7 @@ def _literal_paths(arguments: list[str]) -> list[str]:
         key, equals, value = argument.partition("=")
         odd = key in PATHS or re.search(r"[^\w./+:-]", value)
         if equals and odd and not key.startswith("-") and value and os.path.exists(value):  # noqa: PTH110
-            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-            argument = f"{key}='{escaped}'"
+            argument = literal(key, value)
         quoted.append(argument)
     return quoted
 

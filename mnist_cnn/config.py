@@ -83,6 +83,17 @@ class Checkpointing(Strict):
     every_seconds: int | float = Field(gt=0)
 
 
+class Multirun(Strict):
+    resume: str | None = None
+
+    @field_validator("resume")
+    @classmethod
+    def _of_the_command_line(cls, folder: str | None) -> None:
+        """The command line is rewritten before the configuration is made; what is left of it came another way."""
+        if folder is not None:
+            raise ValueError(f"multirun.resume={folder}: continues a sweep on mnist-train's command line only")
+
+
 class Train(Strict):
     """The configuration of mnist-train; conf/train.yaml describes each key."""
 
@@ -100,6 +111,8 @@ class Train(Strict):
     initialize: NonEmpty | None
     freeze: Literal["blocks"] | None
     plots: bool
+    fail_fast: bool = False
+    multirun: Multirun = Multirun()
 
     @model_validator(mode="after")
     def _shared_evenly(self) -> Train:

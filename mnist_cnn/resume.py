@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 NEEDED = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "epoch", "global_step"}
+QUEUE_SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 STEPS = "epoch_loop.manual_optimization.optim_step_progress"  # Lightning's count of optimizer steps
 
 
@@ -127,18 +128,22 @@ def stoppable(folder: Path) -> Iterator[list[DigitClassifier]]:
     """SIGINT and SIGTERM end the run with the line that continues it, and status 130 or 143.
 
     A classifier in the list that is given finishes its step, and its checkpoint is written; a second signal ends the
-    process at once.
+    process at once. SIGUSR1 and SIGUSR2 are dealt with in the same way where something handles them, as submitit does
+    to queue the job anew: it is handed the signal once the checkpoint is written.
     """
     training: list[DigitClassifier] = []
 
     def stop(signum: int, _: Any) -> None:
         for number in signals:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before[number] if number in handed_on else signal.SIG_DFL)
         if not training:
             raise Stopped(signum)
         training[0].stopping = signum
 
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    ours = threading.current_thread() is threading.main_thread()
+    handed_on = [number for number in QUEUE_SIGNALS if ours and callable(signal.getsignal(number))]
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as where another process sees to it
+    signals = [*([signal.SIGINT] if not ignored else []), signal.SIGTERM, *handed_on] if ours else []
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield training
@@ -148,6 +153,8 @@ def stoppable(folder: Path) -> Iterator[list[DigitClassifier]]:
             f"continue with: mnist-train resume={folder}" if (folder / "config.yaml").exists() else "nothing was begun"
         )
         log.error("stopped by %s; %s", signal.Signals(signum).name, how)
+        if callable(queue_anew := before[signum]) and signum in handed_on:
+            queue_anew(signum, None)
         raise SystemExit(128 + signum) from None
     finally:
         for number, handler in before.items():

@@ -83,7 +83,7 @@ def describe_run(folder: Path, config: Train, overrides: Sequence[str], choices:
         "git_commit": git_commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
-    settings = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json", exclude={"fail_fast", "multirun"})
     settings["data"]["root"] = str(Path(config.data.root).absolute())
     write_whole(folder / "config.yaml", yaml.safe_dump({**settings, "run": run}, sort_keys=False))
 
@@ -107,7 +107,7 @@ def refuse_occupied(folder: Path) -> None:
     """Raise UserError where a run or a sweep has been written already."""
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is another run's folder: choose another, or continue that run by resume={folder}")
-    if (folder / "results.csv").exists() or any(folder.glob("*/.hydra")):
+    if any((folder / name).exists() for name in ("results.csv", "multirun.yaml")) or any(folder.glob("*/.hydra")):
         raise UserError(f"{folder} is another sweep's folder: choose another")
 
 

@@ -5,14 +5,17 @@ torch and Lightning take seconds to import: that is done only once the configura
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,11 +23,16 @@ from mnist_cnn.command import in_one_line, plain, run_command
 from mnist_cnn.config import CONF, Train
 from mnist_cnn.follow import take_part
 from mnist_cnn.jobs import claim, discard, guarded, plain_job
+from mnist_cnn.multirun import swept
 from mnist_cnn.ranks import outside
 from mnist_cnn.schema import UserError, validated
+from mnist_cnn.table import state
+from mnist_cnn.worker import own_share
 
 if TYPE_CHECKING:
     from mnist_cnn.fit import Metrics
+
+log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -33,18 +41,30 @@ def job(config: DictConfig) -> Metrics | None:
     folder = Path(details.runtime.output_dir)
 
     def work() -> Metrics:
-        settings = validated(Train, plain(config))
+        settings, overrides = validated(Train, plain(config)), details.overrides.task
+        if details.mode == RunMode.MULTIRUN:
+            (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
+            left = state(folder)
+            if left == "finished":
+                log.info("%s has finished already: nothing was changed", folder)
+                return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            settings = own_share(settings)
+            if left == "interrupted":  # with its own settings, which were compared before the sweep went on
+                settings, overrides = settings.model_copy(update={"resume": str(folder)}), []
         from mnist_cnn.fit import fit
 
-        return fit(settings, folder, details.overrides.task, details.runtime.choices)
+        return fit(settings, folder, overrides, details.runtime.choices)
 
     return guarded(work, folder)
 
 
 def main() -> None:
+    def task() -> NoReturn:
+        run_command(lambda: swept(job), "train")
+
     if outside():
-        take_part(lambda: run_command(job, "train"))
-    run_command(job, "train")
+        take_part(task)
+    task()
 
 
 def train(config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:

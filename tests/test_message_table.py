@@ -122,6 +122,14 @@ def stopped_run(path, run_folder, **changes):
     (path / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+def swept(path, run_folder):
+    """The folder of a sweep that was stopped before its first job."""
+    hydra = {"job": {"config_name": "train"}, "sweeper": {"params": None}}
+    hydra["overrides"] = {"task": ["data=digits", "seed=1,2"], "hydra": ["hydra.mode=MULTIRUN"]}
+    path.mkdir()
+    (path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+
+
 def array(value, **options):
     return lambda path, run_folder: np.save(path, value, **options)
 
@@ -198,6 +206,7 @@ FILES = {
     "data": data_folder,
     "kdata": kmnist_folder,
     "stopped": stopped_run,
+    "swept": swept,
     "edited": lambda path, run: stopped_run(path, run, seed=5),
     "scheduled": lambda path, run: stopped_run(path, run, schedule={"length": "T_max"}),
     "weights.h5": keras_model(("Flatten", {}), ("Dense", OUT[1], (3, 10), (10,))),
@@ -236,6 +245,17 @@ TABLE = [
     # mnist-train
     (f"{TRAIN} initialize=RUN architecture=mlp", 2, ["is not the architecture of initialize=", "leave it out"]),
     (f"{TRAIN} -m resume=stopped,edited", 2, ["resume continues one run: leave out -m"]),
+    (
+        f"{TRAIN} -m seed=1,2 hydra.sweep.subdir=x",
+        2,
+        ["is the folder of jobs 0 and 1 alike; let it contain ${hydra.job"],
+    ),
+    (f"{TRAIN} -m seed=1,3 hydra.sweep.dir=swept", 2, ["is another sweep's folder: it has", "seed=1,2, not seed=1,3"]),
+    ("mnist-train multirun.resume=swept seed=4", 2, ["the sweep has seed=1,2, not seed=4; leave that out or start"]),
+    ("mnist-train -m multirun.resume=swept hydra.sweep.dir=x", 2, ["names the sweep's folder: leave out hydra.sweep"]),
+    ("mnist-train -m multirun.resume=empty", 2, ["is not a sweep's folder: it has no multirun.yaml of mnist-train"]),
+    ("mnist-train -m multirun.resume=", 2, ["multirun.resume is empty: name a sweep's folder"]),
+    (f"{TRAIN} multirun={{resume:x}}", 2, ["multirun.resume=x: continues a sweep on mnist-train's command line only"]),
     ("mnist-train resume=empty", 2, ["is not a run's folder: it has no config.yaml of mnist-train"]),
     ("mnist-train resume=stopped seed=9", 2, ["the run has seed=1, not 9", "leave that out or start a new run"]),
     ("mnist-train resume=stopped epochs=1", 2, ["epochs may only grow"]),
@@ -406,7 +426,7 @@ ELSEWHERE = {
     "accelerator=cuda: torch finds no CUDA device": "test_messages.py, where there is none",
     "out of memory": "test_resume.py",
     " to continue from": "test_resume.py: a warning",
-    "is another sweep's folder": "test_train.py",
+    "is another sweep's folder": "test_multirun.py",
     "the checksum of its": "test_messages.py",
     "it was trained without validation digits": "test_messages.py",
     "was trained with": "test_train.py",

@@ -212,14 +212,15 @@ def test_a_sweep_with_a_wrong_setting_is_refused_before_any_training(run, tmp_pa
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_a_sweeps_folder_is_not_used_twice_and_its_jobs_may_be_named_otherwise(run, tmp_path):
-    sweep = ("mnist-train", "-m", *QUICK, "seed=1,2", "hydra.sweep.dir=swept", "hydra.sweep.subdir=s${hydra.job.num}")
-    assert run(*sweep).status == 0
+def test_a_sweeps_folder_is_for_one_sweep_and_its_jobs_may_be_named_otherwise(run, tmp_path):
+    sweep = ("mnist-train", "-m", *QUICK, "hydra.sweep.dir=swept", "hydra.sweep.subdir=s${hydra.job.num}")
+    assert run(*sweep, "seed=1,2").status == 0
     table = (tmp_path / "swept" / "results.csv").read_bytes()
     assert table.count(b"seed=") == 2
-    ended = run(*sweep)
+    ended = run(*sweep, "seed=3,4")
     assert ended.status == 2
     assert "swept is another sweep's folder" in ended.err
+    assert run(*sweep, "seed=1,2").status == 0  # the same one: all its jobs are kept
     assert (tmp_path / "swept" / "results.csv").read_bytes() == table
 
 
