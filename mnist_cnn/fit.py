@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -43,10 +43,21 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 Metrics = dict[str, float | int | None]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+Watch = Callable[[list[Row]], None]
 
 
-def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Mapping[str, Any] = NOTHING) -> Metrics:
-    """A whole run in `folder`: data, network, epochs, one test, figures and pictures."""
+def fit(
+    config: Train,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    choices: Mapping[str, Any] = NOTHING,
+    watch: Watch | None = None,
+) -> Metrics:
+    """A whole run in `folder`: data, network, epochs, one test, figures and pictures.
+
+    A sweep gives `watch`: it takes the place of the bars, gets the rows of all epochs so far at the end of each, and
+    ends the run by raising.
+    """
     if config.resume:
         config, finished = resumed(config, folder, overrides)
         if finished:
@@ -55,7 +66,7 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
     with alone_in(folder), stoppable(folder) as training:
         if not config.resume:
             refuse_occupied(folder)
-        return _fit(config, folder, overrides, choices, training)
+        return _fit(config, folder, overrides, choices, watch, training)
 
 
 def _fit(
@@ -63,6 +74,7 @@ def _fit(
     folder: Path,
     overrides: Sequence[str],
     choices: Mapping[str, Any],
+    watch: Watch | None,
     training: list[DigitClassifier],
 ) -> Metrics:
     quiet()
@@ -80,8 +92,8 @@ def _fit(
     network.onednn = True
     log.info("%s", data.shapes())
     log.info("%s", summary(network.specification, len(data.classes)))
-    classifier = classifier_for(config, network, data, folder)
-    trainer = trainer_for(config, data, folder, device)
+    classifier = classifier_for(config, network, data, folder, watch)
+    trainer = trainer_for(config, data, folder, device, [] if watch else bars(config.epochs))
     describe_run(folder, config, overrides, choices)
 
     path, earlier = continued or (None, 0.0)
@@ -97,17 +109,19 @@ def _fit(
 
     # The test set is looked at once, through the checkpoint that the user keeps.
     best = load_classifier(folder / "checkpoints" / "best.ckpt", device.type)
-    logits = best.logits(data.test.images)
-    scores = score(logits, data.test.labels)
+    logits = best.logits(data.test.images) if config.test else None
+    scores = None if logits is None else score(logits, data.test.labels)
     metrics = metrics_of(best, scores, len(classifier.history), seconds)
     for logger in trainer.loggers:
-        logger.log_metrics({"test/loss": scores.loss, "test/accuracy": scores.accuracy}, trainer.global_step)
+        if scores:
+            logger.log_metrics({"test/loss": scores.loss, "test/accuracy": scores.accuracy}, trainer.global_step)
         logger.finalize("success")
     if config.plots:
-        draw(folder / "plots", best, data, classifier.history, logits.argmax(1), scores)
+        draw(folder / "plots", best, data, classifier.history, logits, scores)
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     (folder / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
-    log.info("%s", scores.headline("test"))
+    if scores:
+        log.info("%s", scores.headline("test"))
     log.info("%s", folder)
     return metrics
 
@@ -149,7 +163,9 @@ def first_network(
     return network, config
 
 
-def classifier_for(config: Train, network: ConvNet, data: MNISTDataModule, folder: Path) -> DigitClassifier:
+def classifier_for(
+    config: Train, network: ConvNet, data: MNISTDataModule, folder: Path, watch: Watch | None
+) -> DigitClassifier:
     """The LightningModule of a run, its optimizer and schedule tried before training starts."""
     make_optimizer = made(config.optimizer, "optimizer")
     make_scheduler = made(config.schedule.scheduler, "schedule.scheduler")
@@ -161,6 +177,8 @@ def classifier_for(config: Train, network: ConvNet, data: MNISTDataModule, folde
     def report(history: list[Row]) -> None:
         write_csv(folder / "metrics.csv", history)
         log.info("%s", epoch_line(history[-1], config.epochs))
+        if watch:
+            watch(history)
 
     return DigitClassifier(
         network,
@@ -187,7 +205,9 @@ def keep_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
-def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torch.device) -> pl.Trainer:
+def trainer_for(
+    config: Train, data: MNISTDataModule, folder: Path, device: torch.device, shown: list[pl.Callback]
+) -> pl.Trainer:
     """Lightning's Trainer, with nothing in it that costs time each step."""
     validated = len(data.validation.labels) > 0
     monitor = "val/accuracy" if validated and config.selection == "best" else None
@@ -197,7 +217,7 @@ def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torc
         precision=config.accelerator.precision,
         max_epochs=config.epochs,
         logger=made(config.logger, "logger") if config.logger else False,
-        callbacks=[Checkpoints(folder / "checkpoints", monitor, config.checkpoint.every_seconds), *bars(config.epochs)],
+        callbacks=[Checkpoints(folder / "checkpoints", monitor, config.checkpoint.every_seconds), *shown],
         plugins=[WholeCheckpoints()],
         limit_val_batches=None if validated else 0,
         num_sanity_val_steps=0,
@@ -207,8 +227,8 @@ def trainer_for(config: Train, data: MNISTDataModule, folder: Path, device: torc
     )
 
 
-def metrics_of(best: Classifier, scores: Scores, epochs: int, seconds: float) -> Metrics:
-    """What metrics.json holds: the figures of the tested epoch, as its checkpoint has them, and of the test."""
+def metrics_of(best: Classifier, scores: Scores | None, epochs: int, seconds: float) -> Metrics:
+    """What metrics.json holds: the figures of the tested epoch, as its checkpoint has them, and of the test if any."""
     tested = best.description.history[-1]
     keys = [f"{part}/{figure}" for part in ("train", "val") for figure in ("loss", "accuracy")]
     return {
@@ -217,20 +237,27 @@ def metrics_of(best: Classifier, scores: Scores, epochs: int, seconds: float) ->
         "tested_epoch": int(tested["epoch"]),
         "fit_seconds": seconds,
         **{key: tested.get(key) for key in keys},
-        "test/loss": scores.loss,
-        "test/accuracy": scores.accuracy,
+        "test/loss": scores.loss if scores else None,
+        "test/accuracy": scores.accuracy if scores else None,
     }
 
 
 def draw(
-    folder: Path, best: Classifier, data: MNISTDataModule, history: list[Row], predicted: Tensor, scores: Scores
+    folder: Path,
+    best: Classifier,
+    data: MNISTDataModule,
+    history: list[Row],
+    logits: Tensor | None,
+    scores: Scores | None,
 ) -> None:
-    """A run's pictures."""
+    """A run's pictures; without the test's `logits` (N, 10) and `scores`, those of the training alone."""
     from mnist_cnn import plots
 
     plots.training_digits(data.train.images, data.train.labels, data.classes, data.seed, folder / "training_digits.png")
     plots.learning_curves(history, folder / "learning_curves.png")
     plots.first_kernels(best.network, folder / "first_kernels.png")
+    if logits is None or scores is None:
+        return
     label = data.classes[int(data.test.labels[0])]
     plots.feature_maps(best.network, data.test.images[0], label, folder)
-    plots.results(folder, data.test.images, data.test.labels, predicted, scores, data.classes)
+    plots.results(folder, data.test.images, data.test.labels, logits.argmax(1), scores, data.classes)

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.command import in_one_line, plain, refuse
 from mnist_cnn.config import Evaluate, Export, Import, Predict, Train
+from mnist_cnn.parameters import Sweep
 from mnist_cnn.runs import read_run, refuse_occupied, write_csv, write_whole
 from mnist_cnn.schema import RunError, Strict, UserError, validated
 
@@ -33,6 +34,7 @@ SCHEMAS: dict[str, type[Strict]] = {
     "predict": Predict,
     "export": Export,
     "import": Import,
+    "sweep": Sweep,
 }
 _claimed: set[Path] = set()  # folders that this process made for itself
 _planned: list[list[str]] = []  # the overrides of each job of this process's sweep
