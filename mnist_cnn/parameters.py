@@ -82,9 +82,8 @@ class Sweep(Train):
         if self.resume is not None:
             raise ValueError("resume continues one run: the same mnist-sweep command again continues a study")
         given = [key for key in ("sweep", "report", "retrain") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"{' and '.join(given) or 'sweep'} {'exclude each other' if given else 'is missing'}: give one of "
-                "sweep=learning_rate (recipe, width, your own), report=FOLDER and retrain=FOLDER"
-            )
+        if not given:
+            raise ValueError("sweep is missing: give sweep=learning_rate, recipe, width or your own, or report=FOLDER")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
         return self

@@ -60,6 +60,8 @@ class Storage(RDBStorage):
             self.file_lock = FileLock(f"{file}.lock") if self.local else None
             with self.file_lock or nullcontext():
                 self._open(full, options, heartbeat)
+        except OSError as error:
+            raise UserError(f"storage={self.shown} cannot be used: {error.filename}: {error.strerror}") from None
         except (ImportError, NoSuchModuleError) as error:
             extra = scheme.partition("+")[0]
             raise UserError(
