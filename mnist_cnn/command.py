@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NoReturn, TextIO
 
 import hydra
@@ -97,7 +98,8 @@ def in_one_line(error: Exception, config_name: str) -> str:
     if match := re.match(
         r"Could not (?:override|append to config|delete from config)[^'\n]*'([^'\n]+?)(?:@.*)?'", text
     ):
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        begun = GlobalHydra.instance().is_initialized()  # within a command
+        with nullcontext() if begun else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             known = _leaves(hydra.compose(config_name))
         return f"unknown key {match[1]}{'' if match[1].startswith('hydra') else nearest(match[1], known)}"
     if match := re.match(r"(?:Missing mandatory value|Structured config of type.*): (\S+)", text):

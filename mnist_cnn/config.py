@@ -110,6 +110,7 @@ class Train(Strict):
     resume: NonEmpty | None
     initialize: NonEmpty | None
     freeze: Literal["blocks"] | None
+    test: bool = True  # runs from before it have no such key
     plots: bool
     fail_fast: bool = False
     multirun: Multirun = Multirun()

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,10 +38,21 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 Metrics = dict[str, float | int | None]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+Watch = Callable[[list[Row]], None]
 
 
-def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Mapping[str, Any] = NOTHING) -> Metrics:
-    """A whole run in `folder`: data, network, epochs, one test, figures and pictures."""
+def fit(
+    config: Train,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    choices: Mapping[str, Any] = NOTHING,
+    watch: Watch | None = None,
+) -> Metrics:
+    """A whole run in `folder`: data, network, epochs, one test, figures and pictures.
+
+    A sweep gives `watch`: it takes the place of the bars, gets the rows of all epochs so far at the end of each, and
+    ends the run by raising.
+    """
     if config.resume:
         config, finished = resumed(config, folder, overrides)
         if finished:
@@ -50,7 +61,7 @@ def fit(config: Train, folder: Path, overrides: Sequence[str] = (), choices: Map
     with alone_in(folder), stoppable(folder) as training, gathered(config, folder) as group:
         if not config.resume:
             refuse_occupied(folder)
-        return _fit(config, folder, overrides, choices, training, group)
+        return _fit(config, folder, overrides, choices, watch, training, group)
 
 
 def _fit(
@@ -58,6 +69,7 @@ def _fit(
     folder: Path,
     overrides: Sequence[str],
     choices: Mapping[str, Any],
+    watch: Watch | None,
     training: list[DigitClassifier],
     group: Group | None,
 ) -> Metrics:
@@ -68,8 +80,8 @@ def _fit(
     network, config = first_network(config, data, overrides, continued is not None)
     log.info("%s", data.shapes())
     log.info("%s", summary(network.specification, len(data.classes)))
-    classifier = classifier_for(config, network, data, folder, group)
-    trainer = trainer_for(config, data, folder, device, group)
+    classifier = classifier_for(config, network, data, folder, group, watch)
+    trainer = trainer_for(config, data, folder, device, group, silent=watch is not None)
     path, earlier = continued or (None, 0.0)
     if group:
         log.info("%s", shares(config, device, group))
@@ -90,17 +102,22 @@ def _fit(
     seconds = earlier + time.perf_counter() - start
 
     # The test set is looked at once, through the checkpoint that the user keeps.
-    best, logits = tested(folder / "checkpoints" / "best.ckpt", data, device, group)
-    scores = score(logits, data.test.labels)
+    if config.test:
+        best, logits = tested(folder / "checkpoints" / "best.ckpt", data, device, group)
+        scores = score(logits, data.test.labels)
+    else:
+        best, logits, scores = load_classifier(folder / "checkpoints" / "best.ckpt", device.type), None, None
     metrics = metrics_of(best, scores, len(classifier.history), seconds)
     for logger in trainer.loggers:
-        logger.log_metrics({"test/loss": scores.loss, "test/accuracy": scores.accuracy}, trainer.global_step)
+        if scores:
+            logger.log_metrics({"test/loss": scores.loss, "test/accuracy": scores.accuracy}, trainer.global_step)
         logger.finalize("success")
     if config.plots:
-        draw(folder / "plots", best, data, classifier.history, logits.argmax(1), scores)
+        draw(folder / "plots", best, data, classifier.history, logits, scores)
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     (folder / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
-    log.info("%s", scores.headline("test"))
+    if scores:
+        log.info("%s", scores.headline("test"))
     log.info("%s", folder)
     return metrics
 
@@ -149,8 +166,8 @@ def keep_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
-def metrics_of(best: Classifier, scores: Scores, epochs: int, seconds: float) -> Metrics:
-    """What metrics.json holds: the figures of the tested epoch, as its checkpoint has them, and of the test."""
+def metrics_of(best: Classifier, scores: Scores | None, epochs: int, seconds: float) -> Metrics:
+    """What metrics.json holds: the figures of the tested epoch, as its checkpoint has them, and of the test if any."""
     tested = best.description.history[-1]
     keys = [f"{part}/{figure}" for part in ("train", "val") for figure in ("loss", "accuracy")]
     return {
@@ -159,20 +176,27 @@ def metrics_of(best: Classifier, scores: Scores, epochs: int, seconds: float) ->
         "tested_epoch": int(tested["epoch"]),
         "fit_seconds": seconds,
         **{key: tested.get(key) for key in keys},
-        "test/loss": scores.loss,
-        "test/accuracy": scores.accuracy,
+        "test/loss": scores.loss if scores else None,
+        "test/accuracy": scores.accuracy if scores else None,
     }
 
 
 def draw(
-    folder: Path, best: Classifier, data: MNISTDataModule, history: list[Row], predicted: Tensor, scores: Scores
+    folder: Path,
+    best: Classifier,
+    data: MNISTDataModule,
+    history: list[Row],
+    logits: Tensor | None,
+    scores: Scores | None,
 ) -> None:
-    """A run's pictures."""
+    """A run's pictures; without the test's `logits` (N, 10) and `scores`, those of the training alone."""
     from mnist_cnn import plots
 
     plots.training_digits(data.train.images, data.train.labels, data.classes, data.seed, folder / "training_digits.png")
     plots.learning_curves(history, folder / "learning_curves.png")
     plots.first_kernels(best.network, folder / "first_kernels.png")
+    if logits is None or scores is None:
+        return
     label = data.classes[int(data.test.labels[0])]
     plots.feature_maps(best.network, data.test.images[0], label, folder)
-    plots.results(folder, data.test.images, data.test.labels, predicted, scores, data.classes)
+    plots.results(folder, data.test.images, data.test.labels, logits.argmax(1), scores, data.classes)

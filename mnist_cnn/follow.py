@@ -104,5 +104,5 @@ def _share(job: dict[str, Any], group: Group) -> None:
     with failing_clearly(folder, config, network):
         trainer.fit(classifier, datamodule=data, ckpt_path=job["checkpoint"], weights_only=True)
         classifier.agree()
-    if not classifier.stopping:
+    if config.test and not classifier.stopping:
         shared_logits(folder / "checkpoints" / "best.ckpt", data.test.images, device.type, group)

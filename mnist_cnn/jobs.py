@@ -22,6 +22,7 @@ from mnist_cnn.command import in_one_line, literal, plain, refuse
 from mnist_cnn.config import Evaluate, Export, Import, Predict, Train
 from mnist_cnn.launchers import share, watch
 from mnist_cnn.multirun import begin, current, ended
+from mnist_cnn.parameters import Sweep
 from mnist_cnn.plan import RECORD, planned, require_same, title
 from mnist_cnn.runs import read_run, refuse_occupied, write_whole
 from mnist_cnn.schema import RunError, Strict, UserError, validated
@@ -35,6 +36,7 @@ SCHEMAS: dict[str, type[Strict]] = {
     "predict": Predict,
     "export": Export,
     "import": Import,
+    "sweep": Sweep,
 }
 _claimed: set[Path] = set()  # folders that this process made for itself
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)

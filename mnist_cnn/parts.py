@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -64,7 +64,12 @@ def first_network(
 
 
 def classifier_for(
-    config: Train, network: ConvNet, data: MNISTDataModule, folder: Path, group: Group | None
+    config: Train,
+    network: ConvNet,
+    data: MNISTDataModule,
+    folder: Path,
+    group: Group | None,
+    watch: Callable[[list[Row]], None] | None = None,
 ) -> DigitClassifier:
     """The LightningModule of a run, its optimizer and schedule tried before training starts."""
     make_optimizer = made(config.optimizer, "optimizer")
@@ -77,6 +82,8 @@ def classifier_for(
     def report(history: list[Row]) -> None:
         write_csv(folder / "metrics.csv", history)
         log.info("%s", epoch_line(history[-1], config.epochs))
+        if watch:
+            watch(history)
 
     return (SharedClassifier if group else DigitClassifier)(
         network,
@@ -97,10 +104,10 @@ def classifier_for(
 
 
 def trainer_for(
-    config: Train, data: MNISTDataModule, folder: Path, device: torch.device, group: Group | None
+    config: Train, data: MNISTDataModule, folder: Path, device: torch.device, group: Group | None, silent: bool = False
 ) -> pl.Trainer:
-    """Lightning's Trainer, with nothing in it that costs time each step; rank 0 alone logs and shows a bar."""
-    validated, silent = len(data.validation.labels) > 0, group is not None and group.rank > 0
+    """Lightning's Trainer, with nothing that costs time each step; rank 0 alone logs, and shows bars unless `silent`."""
+    validated, follows = len(data.validation.labels) > 0, group is not None and group.rank > 0
     monitor = "val/accuracy" if validated and config.selection == "best" else None
     checkpoints = Checkpoints(folder / "checkpoints", monitor, config.checkpoint.every_seconds)
     trainer = pl.Trainer(
@@ -110,8 +117,8 @@ def trainer_for(
         strategy=Ranks(group) if group else "auto",
         precision=config.accelerator.precision,
         max_epochs=config.epochs,
-        logger=made(config.logger, "logger") if config.logger and not silent else False,
-        callbacks=[checkpoints, *([] if silent else bars(config.epochs))],
+        logger=made(config.logger, "logger") if config.logger and not follows else False,
+        callbacks=[checkpoints, *([] if silent or follows else bars(config.epochs))],
         plugins=[WholeCheckpoints()],
         limit_val_batches=None if validated else 0,
         num_sanity_val_steps=0,

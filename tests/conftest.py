@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +72,15 @@ def trained(tmp_path_factory) -> Path:
     finally:
         os.chdir(before)
     return next((folder / "outputs" / "train").iterdir())
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory) -> Path:
+    """A finished study of two trials on scikit-learn's digits, from a process of its own."""
+    folder = tmp_path_factory.mktemp("swept") / "study"
+    words = ("sweep=learning_rate", "trials=2", "data=digits", "epochs=1", "architecture=conv10", f"folder={folder}")
+    subprocess.run([sys.executable, "-m", "mnist_cnn.sweep", *words], check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -28,15 +29,21 @@ def test_the_first_commands_are_the_ones_that_a_newcomer_types():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_runs(run, trained, digit, command):
+def test_every_command_of_the_readme_runs(run, trained, swept, digit, tmp_path, command):
     """On scikit-learn's digits, for one epoch, from a finished run's folder."""
     name, *words = shlex.split(command.replace("scripts/train", "mnist-train"))
     words = [word.replace("outputs/train/<run>", str(trained)) for word in words]
     words = [f"images={digit.parent}" if word == "images=folder" else word for word in words]
+    if "outputs/sweep/<study>" in command:
+        shutil.copytree(swept, tmp_path / "study")
+        words = [word.replace("outputs/sweep/<study>", "study") for word in words]
+    elif name == "mnist-sweep":
+        words = [word for word in words if not word.startswith(("trials=", "workers=", "epochs="))]
+        words += ["trials=1", "data=digits", "epochs=1"]
     if name == "mnist-train" and not any(word.startswith("resume=") for word in words):
-        words = [word for word in words if not word.startswith(("data=", "epochs=", "seed=", "experiment="))]
+        words = [word for word in words if not word.startswith(("data=", "epochs=", "seed=", "experiment=conv"))]
         words += [
-            *(["experiment=conv10"] if "experiment=" in command else []),
+            *(["experiment=conv10"] if "experiment=conv" in command else []),
             "data=digits",
             "epochs=1",
             "plots=false",

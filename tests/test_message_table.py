@@ -165,6 +165,38 @@ def large_npz(path, run_folder):
     path.write_bytes(content)
 
 
+def spaces(path, run_folder):
+    """Search spaces of one line each, as own options of the group sweep."""
+    number = "{type: float, low: 0.1, high: 0.2}"
+    lines = {
+        "kind": "optimizer.lr: {type: flaot, low: 1, high: 2}",
+        "word": "optimizer.lr: {type: float, lo: 1, high: 2}",
+        "lacks": "optimizer.lr: {type: float, low: 1}",
+        "range": "optimizer.lr: {type: float, low: 2, high: 1}",
+        "logs": "optimizer.lr: {type: float, low: 0.0, high: 1, log: true}",
+        "steps": "epochs: {type: int, low: 1, high: 10, step: 4}",
+        "empty": "optimizer: {type: categorical, choices: []}",
+        "key": f"optimiser.lr: {number}",
+        "leaf": f"optimizer.lrr: {number}",
+        "option": "optimizer: {type: categorical, choices: [adam, adan]}",
+        "value": "epochs: {type: int, low: 0, high: 3}",
+        "test": "test: {type: categorical, choices: [true]}",
+        "both": f"{{architecture: {{type: categorical, choices: [mlp]}}, architecture.blocks.0.dropout: {number}}}",
+        "star": f"optimizer.*.lr: {number}",
+        "beyond": "architecture.blocks.7.filters: {type: int, low: 1, high: 2}",
+        "held": "data.validation: {type: categorical, choices: [0.1, 0]}",
+        "nothing": f"architecture.blocks.*.dropout: {number}",
+    }
+    (path / "sweep").mkdir(parents=True)
+    for name, line in lines.items():
+        (path / "sweep" / f"{name}.yaml").write_text(line + "\n")
+
+
+def begun_study(path, run_folder):
+    path.mkdir()
+    (path / "study.yaml").write_text("{study: other, metric: val/accuracy, storage: null, retries: 3}\n")
+
+
 # A word of a command that stands here is a file or folder made for it.
 FILES = {
     "newer.ckpt": other_checkpoint(lambda content: content["mnist_cnn"].update(format=99)),
@@ -205,6 +237,8 @@ FILES = {
     "short-idx3-ubyte": idx(0x803, 2, 3, 3),
     "data": data_folder,
     "kdata": kmnist_folder,
+    "spaces": spaces,
+    "begun": begun_study,
     "stopped": stopped_run,
     "swept": swept,
     "edited": lambda path, run: stopped_run(path, run, seed=5),
@@ -241,6 +275,7 @@ FILES = {
 EVALUATE, PREDICT, EXPORT = "mnist-evaluate checkpoint=", "mnist-predict checkpoint=", "mnist-export checkpoint="
 IMAGES, KERAS = "mnist-predict checkpoint=RUN images=", "mnist-import output=x.ckpt keras="
 TRAIN = "mnist-train data=digits epochs=1 plots=false architecture=conv10 "
+SWEEP, OWN = "mnist-sweep sweep=learning_rate data=digits", "mnist-sweep --config-dir spaces data=digits sweep="
 TABLE = [
     # mnist-train
     (f"{TRAIN} initialize=RUN architecture=mlp", 2, ["is not the architecture of initialize=", "leave it out"]),
@@ -306,6 +341,44 @@ TABLE = [
     ("mnist-train resume=stopped accelerator.devices=5", 2, ["data.batch_size=", "cannot be shared evenly by 5 ranks"]),
     (f"{PREDICT}RUN images=text.png accelerator.devices=2", 2, ["accelerator.devices=2: must be 1"]),
     (f"{EVALUATE}RUN accelerator.precision=bf16-mixed", 2, ["accelerator.precision='bf16-mixed': must be '32-true'"]),
+    # mnist-sweep
+    (f"{OWN}kind", 2, ["type='flaot': must be float, int or categorical", "did you mean float?", "as in {type: float"]),
+    (f"{OWN}word", 2, ["optimizer.lr", "unknown key lo; did you mean low?"]),
+    (f"{OWN}lacks", 2, ["optimizer.lr", "high is missing"]),
+    (f"{OWN}range", 2, ["sweep=range: optimizer.lr: low <= high must hold, but got (low=2, high=1)"]),
+    (f"{OWN}logs", 2, ["optimizer.lr: low > 0 must hold for log=True"]),
+    (f"{OWN}steps", 2, ["epochs: The distribution is specified by [1, 10] and step=4", "not divisible"]),
+    (f"{OWN}empty", 2, ["optimizer.choices is empty"]),
+    (f"{OWN}key", 2, ["sweep=key: unknown key optimiser.lr; did you mean optimizer?"]),
+    (f"{OWN}leaf", 2, ["sweep=leaf: unknown key optimizer.lrr; did you mean optimizer.lr?"]),
+    (f"{OWN}option", 2, ["sweep=option: optimizer=adan: no such option; did you mean adam?"]),
+    (f"{OWN}value", 2, ["sweep=value: epochs=0: must be greater than or equal to 1"]),
+    (f"{OWN}test", 2, ["test is no part of a search: leave it out of the space"]),
+    (f"{OWN}both", 2, ["where architecture is searched, its parts cannot be"]),
+    (f"{OWN}star", 2, ["optimizer.*.lr: optimizer is no list"]),
+    (f"{OWN}beyond", 2, ["sweep=beyond", "architecture.blocks.7.filters"]),
+    (f"{OWN}held", 2, ["data.validation=0: a search needs digits held out; give data.validation=0.1"]),
+    (f"{OWN}nothing architecture=mlp", 2, ["nothing to search: the network has no part that"]),
+    (f"{SWEEP} optimizer.lr=0.1", 2, ["optimizer.lr is searched: leave it out of the command, or out of the space"]),
+    (f"{SWEEP} experiment=conv10", 2, ["data.validation=0: a search needs digits held out"]),
+    (f"{SWEEP} test=true", 2, ["a trial never scores the test set; mnist-sweep retrain=FOLDER does"]),
+    (f"{SWEEP} resume=stopped", 2, ["resume continues one run: the same mnist-sweep command again continues a study"]),
+    (f"{SWEEP} metric=test/accuracy", 2, ["metric='test/accuracy': must be 'val/accuracy' or 'val/loss'"]),
+    (f"{SWEEP} trial=3", 2, ["unknown key trial; did you mean trials?"]),
+    (f"{SWEEP} workers=0", 2, ["workers=0: must be greater than or equal to 1"]),
+    (f"{SWEEP} report=begun", 2, ["sweep and report exclude each other: give one of them"]),
+    (f"{SWEEP} -m", 2, ["mnist-sweep is a sweep itself: leave out -m, or use mnist-train -m"]),
+    (f"{SWEEP} storage=redis://h", 2, ["storage=redis://h: must be such as postgresql://user@host/database"]),
+    (f"{SWEEP} storage=mysql://u:secret@h/d", 2, ["storage=mysql://u:***@h/d needs a driver", "mnist-cnn[mysql]"]),
+    (f"{SWEEP} storage=sqlite:////dev/null/a.db", 2, ["storage=sqlite:////dev/null/a.db cannot be used", "/dev/null"]),
+    (f"{SWEEP} sampler._target_=optuna.samplers.Grid", 2, ["sampler: optuna.samplers.Grid cannot be made"]),
+    (f"{SWEEP} pruner._target_=optuna.samplers.TPESampler", 2, ["is none of optuna.pruners"]),
+    (f"{SWEEP} folder=begun", 2, ["begun is the folder of the study other: choose another"]),
+    (f"{SWEEP} folder=stopped", 2, ["stopped is another run's folder"]),
+    ("mnist-sweep data=digits", 2, ["sweep is missing: give sweep=learning_rate, recipe, width or your own"]),
+    ("mnist-sweep sweep=widht", 2, ["sweep=widht: no such option; did you mean width?"]),
+    ("mnist-sweep report=empty", 2, ["empty is not a study's folder: it has no study.yaml of mnist-sweep"]),
+    ("mnist-sweep retrain=begun", 2, ["study.db is not there"]),
     # checkpoints
     (f"{EVALUATE}newer.ckpt", 2, ["has format 99", "this version reads formats 1 to", "install a newer one"]),
     (f"{EVALUATE}odd.ckpt", 2, ["describes no network that can be built"]),
@@ -427,6 +500,12 @@ ELSEWHERE = {
     "out of memory": "test_resume.py",
     " to continue from": "test_resume.py: a warning",
     "is another sweep's folder": "test_multirun.py",
+    "mnist-sweep needs the package": "without the extra",
+    "leave that out, or name another by study=": "test_sweep.py",
+    "has no study": "test_sweep.py",
+    "is complete": "test_sweep.py",
+    "does not answer": "a storage that stays away for five minutes",
+    "was ended by": "a worker that is killed a hundred times",
     "the checksum of its": "test_messages.py",
     "it was trained without validation digits": "test_messages.py",
     "was trained with": "test_train.py",

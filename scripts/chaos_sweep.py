@@ -1,0 +1,217 @@
+"""scripts/chaos sweep: studies whose workers are killed and whose server restarts, what workers gain, what trials leak.
+
+usage: scripts/chaos sweep [--trials N] [--kills N] [--flat N] [--seed N] [PART...]
+       --trials N   of each study (40)                --kills N   of each worker, by SIGKILL (2)
+       --flat N     of the study of one process (500) --seed N    of the moments (1)
+       PART         postgresql, sqlite, throughput, flat (all)
+
+postgresql: 4 workers, and the server is restarted once, as hard as it can be; sqlite: 2 workers. All study
+scikit-learn's digits with conv10. Tables are printed; outputs/chaos/<date>_<time>/sweep.json has the figures
+(scripts/results takes it into the README).
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["data=digits", "architecture=conv10", "accelerator=cpu"]
+STUDY = ["sweep=learning_rate", *SMALL]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+PATIENCE = 1200  # seconds, after which a study hangs
+
+
+def command(*words):
+    return [sys.executable, "-P", "-m", "mnist_cnn.sweep", *words]
+
+
+def workers_of(process):
+    try:
+        return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    except OSError:
+        return []
+
+
+def trials(folder):
+    return list(csv.DictReader((folder / "trials.csv").open()))
+
+
+def disturbed(kind, count, workers, kills, seed, root):
+    """A study whose workers are each killed so many times; what was wrong with it at its end, if anything."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import postgresql
+
+    moments, folder = random.Random(f"{seed} {kind}"), root / kind
+    server = postgresql.Server() if kind == "postgresql" else None
+    words = [*STUDY, f"trials={count}", f"workers={workers}", "epochs=15", "heartbeat=1", f"folder={folder}"]
+    words += [f"storage={server.url}"] if server else []
+    begun, seen, killed, restarted = time.monotonic(), {}, 0, 0
+    plan = sorted(moments.uniform(6, 8 + 5 * kills) for _ in range(workers * kills))
+    restart = moments.uniform(8, 6 + 4 * kills) if server else None
+    with (root / f"{kind}.log").open("w") as log:
+        process = subprocess.Popen(command(*words), env=ENVIRONMENT, stdout=log, stderr=log)
+        times = {}  # how often each worker was killed: a new process takes the place of a killed one
+        places = {}
+        while process.poll() is None and time.monotonic() - begun < PATIENCE:
+            now = time.monotonic() - begun
+            for config in folder.glob("trials/*/config.yaml"):
+                seen.setdefault(config, config.read_bytes())
+            alive = workers_of(process)
+            for pid in alive:
+                if pid not in places:
+                    taken = {places[other] for other in alive if other in places}
+                    places[pid] = next((n for n in range(workers) if n not in taken), 0)
+            ready = [pid for pid in alive if times.get(places[pid], 0) < kills]
+            if plan and now > plan[0] and ready:
+                plan.pop(0)
+                victim = min(ready, key=lambda pid: times.get(places[pid], 0))
+                times[places[victim]] = times.get(places[victim], 0) + 1
+                os.kill(int(victim), signal.SIGKILL)
+                killed += 1
+            if restart and now > restart:
+                restart = None
+                server.stop("immediate")
+                time.sleep(1)
+                server.start()
+                restarted += 1
+            time.sleep(0.05)
+        process.kill()
+    seconds = time.monotonic() - begun
+    found = trials(folder) if process.wait() == 0 else []
+    states = {state: sum(row["state"] == state for row in found) for state in ("complete", "pruned", "again")}
+    wrong = judged(folder, found, count, seen, killed == workers * kills)
+    again = subprocess.run(
+        command(f"retrain={folder}", *([f"storage={server.url}"] if server else [])),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    reproduced = again.returncode == 0 and json.loads((folder / "retrain.json").read_text())["again"]
+    if server:
+        server.close()
+    record = {"kind": kind, "workers": workers, "trials": count, "killed": killed, "restarted": restarted, **states}
+    return {
+        **record,
+        "reproduced": reproduced,
+        "seconds": seconds,
+        "wrong": wrong or ("" if reproduced else "the best"),
+    }
+
+
+def judged(folder, found, count, seen, all_killed):
+    """What is not as it should be at the end of a study."""
+    if not found:
+        return "it failed"
+    ended = [row for row in found if row["state"] in ("complete", "pruned")]
+    if len(ended) != count or any(row["state"] not in ("complete", "pruned", "again") for row in found):
+        return f"{len(ended)} trials, and {sorted({row['state'] for row in found})}"
+    if len({row["folder"] for row in ended}) != count:
+        return "two trials in one folder"
+    if any(config.read_bytes() != before for config, before in seen.items()):
+        return "a folder was overwritten"
+    for row in ended:
+        figures = folder / row["folder"] / "metrics.json"
+        if row["state"] == "complete" and float(row["val/accuracy"]) != json.loads(figures.read_text())["val/accuracy"]:
+            return f"trial {row['trial']} is not what its folder says"
+    return "" if all_killed else "it ended before all its workers were killed"
+
+
+def throughput(count, root):
+    """Seconds and trials a minute of the same study by one process and by several, from command to end."""
+    rows = []
+    for workers, threads in ((1, 4), (4, 1), (1, 2), (2, 1)):
+        folder = root / f"throughput_{workers}_{threads}"
+        words = [f"trials={count}", f"workers={workers}", f"accelerator.threads={threads}", "epochs=10"]
+        begun = time.monotonic()
+        subprocess.run(
+            command(*STUDY, *words, "pruner._target_=optuna.pruners.NopPruner", f"folder={folder}"),
+            env=ENVIRONMENT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        seconds = time.monotonic() - begun
+        rows.append({"workers": workers, "threads": threads, "seconds": seconds, "a minute": 60 * count / seconds})
+    return rows
+
+
+def flat(count, root):
+    """Memory in MiB and open files of one process, each fifty trials."""
+    folder = root / "flat"
+    words = [*STUDY, f"trials={count}", "epochs=1", f"folder={folder}"]
+    rows, step = [], max(1, count // 10)
+    with subprocess.Popen(command(*words), env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(rows) < 10:
+            done = len(list(folder.glob("trials/*/metrics.json")))
+            if done >= step * (len(rows) + 1):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                resident = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+                files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+                rows.append({"trials": done, "MiB": resident / 1024, "files": files})
+            time.sleep(0.05)
+    return rows
+
+
+def tables(record):
+    lines = []
+    if studies := [record[kind] for kind in ("postgresql", "sqlite") if kind in record]:
+        lines += [
+            "| storage | workers | killed | server restarted | complete | pruned | run again | best again | seconds |"
+        ]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+        names = {"postgresql": "PostgreSQL", "sqlite": "SQLite"}
+        for each in studies:
+            best = "bit for bit" if each["reproduced"] else "no"
+            figures = [names[each["kind"]], each["workers"], each["killed"], each["restarted"], each["complete"]]
+            figures += [each["pruned"], each["again"], best, f"{each['seconds']:.0f}"]
+            lines.append("| " + " | ".join(map(str, figures)) + " |")
+    if "throughput" in record:
+        lines += ["", "| workers | threads each | seconds | trials a minute |", "| --- | --- | --- | --- |"]
+        for each in record["throughput"]:
+            figures = f"{each['seconds']:.0f} | {each['a minute']:.0f}"
+            lines.append(f"| {each['workers']} | {each['threads']} | {figures} |")
+    if "flat" in record:
+        lines += ["", "| trials of one process | " + " | ".join(str(each["trials"]) for each in record["flat"]) + " |"]
+        lines += ["| --- |" + " --- |" * len(record["flat"])]
+        for key, name in {"MiB": "resident, MiB", "files": "open files"}.items():
+            lines.append(f"| {name} | " + " | ".join(f"{each[key]:.0f}" for each in record["flat"]) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    from mnist_cnn.runs import git_commit, versions
+
+    parser = argparse.ArgumentParser(usage=__doc__.partition("usage: ")[2])
+    for name, count in {"trials": 40, "kills": 2, "flat": 500, "seed": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("parts", nargs="*")
+    arguments = parser.parse_args(sys.argv[2:])
+    parts = {
+        "postgresql": lambda: disturbed("postgresql", arguments.trials, 4, arguments.kills, arguments.seed, root),
+        "sqlite": lambda: disturbed("sqlite", arguments.trials, 2, arguments.kills, arguments.seed, root),
+        "throughput": lambda: throughput(arguments.trials, root),
+        "flat": lambda: flat(arguments.flat, root),
+    }
+    if unknown := [part for part in arguments.parts if part not in parts]:
+        parser.error(f"{unknown[0]}: expected {', '.join(parts)}")
+    root = Path("outputs", "chaos", time.strftime("%Y-%m-%d_%H-%M-%S")).absolute()
+    root.mkdir(parents=True)
+    record = {part: parts[part]() for part in arguments.parts or parts}
+    record |= {"seed": arguments.seed, "git_commit": git_commit(), "versions": versions()}
+    record["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    record["table"] = tables(record)
+    (root / "sweep.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    print(f"{record['table']}\n\n{root / 'sweep.json'}")
+    wrong = [
+        f"{part}: {record[part]['wrong']}" for part in ("postgresql", "sqlite") if record.get(part, {}).get("wrong")
+    ]
+    for each in wrong:
+        print(f"{each}; see {root}", file=sys.stderr)
+    return int(bool(wrong))
