@@ -79,6 +79,10 @@ class Sweep(Train):
             raise ValueError(
                 "test=True: a trial never scores the test set; mnist-sweep retrain=FOLDER does, at the end"
             )
+        if self.accelerator.devices * self.accelerator.num_nodes > 1:
+            raise ValueError(
+                f"accelerator.devices={self.accelerator.devices}: a trial has one device; workers=N trains N at once"
+            )
         if self.resume is not None:
             raise ValueError("resume continues one run: the same mnist-sweep command again continues a study")
         given = [key for key in ("sweep", "report", "retrain") if getattr(self, key) is not None]

@@ -106,7 +106,7 @@ def classifier_for(
 def trainer_for(
     config: Train, data: MNISTDataModule, folder: Path, device: torch.device, group: Group | None, silent: bool = False
 ) -> pl.Trainer:
-    """Lightning's Trainer, with nothing that costs time each step; rank 0 alone logs, and shows bars unless `silent`."""
+    """Lightning's Trainer, nothing in it costing time each step; rank 0 alone logs, and shows bars unless `silent`."""
     validated, follows = len(data.validation.labels) > 0, group is not None and group.rank > 0
     monitor = "val/accuracy" if validated and config.selection == "best" else None
     checkpoints = Checkpoints(folder / "checkpoints", monitor, config.checkpoint.every_seconds)

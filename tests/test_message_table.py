@@ -362,6 +362,11 @@ TABLE = [
     (f"{SWEEP} optimizer.lr=0.1", 2, ["optimizer.lr is searched: leave it out of the command, or out of the space"]),
     (f"{SWEEP} experiment=conv10", 2, ["data.validation=0: a search needs digits held out"]),
     (f"{SWEEP} test=true", 2, ["a trial never scores the test set; mnist-sweep retrain=FOLDER does"]),
+    (
+        f"{SWEEP} accelerator.devices=2",
+        2,
+        ["accelerator.devices=2: a trial has one device; workers=N trains N at once"],
+    ),
     (f"{SWEEP} resume=stopped", 2, ["resume continues one run: the same mnist-sweep command again continues a study"]),
     (f"{SWEEP} metric=test/accuracy", 2, ["metric='test/accuracy': must be 'val/accuracy' or 'val/loss'"]),
     (f"{SWEEP} trial=3", 2, ["unknown key trial; did you mean trials?"]),
