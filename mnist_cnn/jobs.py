@@ -26,7 +26,7 @@ from mnist_cnn.parameters import Sweep
 from mnist_cnn.plan import RECORD, planned, require_same, title
 from mnist_cnn.runs import read_run, refuse_occupied, write_whole
 from mnist_cnn.schema import RunError, Strict, UserError, validated
-from mnist_cnn.worker import elsewhere, launcher_of, left, settle, told_to_stop
+from mnist_cnn.worker import elsewhere, launcher_of, left, settle, sweeps_here, told_to_stop
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,9 @@ class RunFolder(Callback):
             shared = share(config, jobs)
             with read_write(config.hydra):
                 config.hydra.sweep.dir = str(folder)
-                config.hydra.overrides.hydra.append(literal("hydra.sweep.dir", str(folder)))  # the jobs' too
+                # The jobs' too, wherever they run.
+                config.hydra.overrides.hydra.append(literal("hydra.sweep.dir", str(folder.absolute())))
+            sweeps_here()
             if name == "train":
                 watch(begin(config, folder, jobs), shared)
         except Exception as error:  # Hydra would warn of it and go on

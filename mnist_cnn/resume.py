@@ -23,6 +23,7 @@ from mnist_cnn.checkpoint import network_of, read_checkpoint, save
 from mnist_cnn.classifier import DigitClassifier
 from mnist_cnn.config import Train
 from mnist_cnn.schema import RunError, UserError
+from mnist_cnn.worker import elsewhere
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +143,8 @@ def stoppable(folder: Path) -> Iterator[list[DigitClassifier]]:
 
     ours = threading.current_thread() is threading.main_thread()
     handed_on = [number for number in QUEUE_SIGNALS if ours and callable(signal.getsignal(number))]
-    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as where another process sees to it
-    signals = [*([signal.SIGINT] if not ignored else []), signal.SIGTERM, *handed_on] if ours else []
+    terminal = [] if elsewhere() else [signal.SIGINT]  # a sweep's own process passes it on
+    signals = [*terminal, signal.SIGTERM, *handed_on] if ours else []
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield training

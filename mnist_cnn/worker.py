@@ -25,6 +25,7 @@ SHARED = "MNIST_CNN_SWEEP"  # the environment variable by which jobs know what t
 STOP = ".stop"  # in a sweep's folder: its jobs are to save and end
 SECONDS = 0.2  # between looks into the sweep's folder
 
+_sweeping: set[int] = set()  # the process that runs a sweep itself
 _running = threading.Event()
 _held: list[FileLock] = []  # the place on a GPU, until the process ends
 
@@ -35,9 +36,14 @@ def launcher_of(config: Any) -> str:
 
 def elsewhere() -> bool:
     """Whether this process works on a job of a sweep that another process runs."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    if os.getpid() in _sweeping or not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return False
     return launcher_of(HydraConfig.instance().cfg) != "BasicLauncher"
+
+
+def sweeps_here() -> None:
+    """This process runs a sweep itself."""
+    _sweeping.add(os.getpid())
 
 
 def told_to_stop() -> bool:
@@ -50,7 +56,7 @@ def _shared() -> dict[str, Any]:
 
 def settle(config: DictConfig) -> None:
     """Make this process one of several: quiet on the terminal, on a GPU of its own, ended with the sweep."""
-    if not elsewhere():
+    if not elsewhere() or config.hydra.job.config_name != "train":
         return
     if launcher_of(config) not in ("LocalLauncher", "SlurmLauncher"):  # whose jobs' output goes to files
         root = logging.getLogger()

@@ -196,13 +196,13 @@ def test_another_sweeper_plans_as_it_goes(run, tmp_path, monkeypatch):
     said(run("mnist-train", "-m", *SMALL, "seed=1,2", sweeper, "hydra.sweep.dir=sweep"), "another sweep's folder")
 
 
-@pytest.mark.parametrize("launcher", ["parallel", "submitit", "slurm", "joblib"])
+@pytest.mark.parametrize("launcher", ["parallel", "slurm"])
 def test_a_launcher_that_is_not_installed(tmp_path, launcher):
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins" / "__init__.py").touch()  # hides those that are
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     process = started(tmp_path, "seed=1,2", f"hydra/launcher={launcher}", PYTHONPATH=path)
-    extra = "joblib" if launcher in ("joblib", "parallel") else "submitit"
+    extra = "joblib" if launcher == "parallel" else "submitit"
     out, err = process.communicate(timeout=60)
     said(Ended(process.returncode, out, err), f"pip install 'mnist-cnn[{extra}]'")
     assert not (tmp_path / "sweep").exists()
@@ -222,7 +222,7 @@ def started(tmp_path, *words, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "mnist_cnn.train", "-m", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}"],
         cwd=tmp_path,
-        env={**os.environ, **environment},
+        env={name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -281,7 +281,7 @@ def test_jobs_at_once_are_the_jobs_alone(run, tmp_path, two_gpus, one_thread, la
     assert re.fullmatch(r"1 of 2 jobs failed; continue with: mnist-train -m multirun.resume=\S+", lines[1])
     assert len(lines) == 2
     assert re.search(r"^2 jobs at once, 1 thread each, on GPUs 0, 1$", out, flags=re.MULTILINE)
-    assert len(re.findall(r"^2 of 2: job 0 \(.*\): test accuracy \d", out, flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"^\d of 2: job 0 \(.*\): test accuracy \d", out, flags=re.MULTILINE)) == 1
     assert "epoch 1/2" not in out
     finished, failed = table(tmp_path / "sweep").items()
     assert (finished[1]["error"], failed[1]["error"][:18]) == ("", "checkpoint nowhere")
@@ -344,7 +344,7 @@ def slurm(tmp_path):
 def test_a_job_that_slurm_queues_anew_goes_on_where_it_was(run, tmp_path, slurm, one_thread):
     """SIGUSR2 comes before a job's time is up; after SIGTERM, of a machine that is taken away, the rest is the same."""
     pytest.importorskip("submitit")
-    settings = (*SMALL, "epochs=40", one_thread)
+    settings = (*SMALL, "epochs=20", one_thread)
     run("mnist-train", *settings, "hydra.run.dir=alone")
     process = started(tmp_path, *settings, "hydra/launcher=slurm", "hydra.launcher.partition=gpu", PATH=slurm)
     sweep = tmp_path / "sweep"
