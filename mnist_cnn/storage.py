@@ -23,7 +23,12 @@ PATIENCE = 300  # seconds that a storage may be away
 MISSED = 6  # heartbeats, after which a worker counts as killed
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}
 StorageError: tuple[type[Exception], ...] = (StorageInternalError, SQLAlchemyError)
+AWAY = (OperationalError, InterfaceError)
 Result = TypeVar("Result")
+
+
+class AwayError(UserError):
+    """The storage is not reached: a wrong address, or a server that is not up."""
 
 
 def shown(url: str) -> str:
@@ -68,7 +73,8 @@ class Storage(RDBStorage):
                 f"storage={self.shown} needs a driver ({reason_of(error)}): pip install 'mnist-cnn[{extra}]'"
             ) from None
         except (ArgumentError, StorageInternalError, SQLAlchemyError) as error:
-            raise UserError(f"storage={self.shown} cannot be used: {reason_of(error)}") from None
+            kind = AwayError if isinstance(error.__cause__ or error, AWAY) else UserError
+            raise kind(f"storage={self.shown} cannot be used: {reason_of(error)}") from None
 
     def _open(self, url: str, options: dict[str, Any], heartbeat: int) -> None:
         for attempt in range(10):
@@ -98,17 +104,22 @@ class Storage(RDBStorage):
             yield
 
     def patiently(self, action: Callable[[], Result], stop: threading.Event) -> Result:
-        """Do it again while the storage does not answer, until `stop`.
+        """Do it again while the storage does not answer, until `stop`; RunError as `patiently`."""
+        return patiently(action, stop, self.shown)
 
-        Raises:
-            RunError: the storage stays away.
-        """
-        begun = time.monotonic()
-        while True:
-            try:
-                return action()
-            except StorageError as error:
-                away = isinstance(error.__cause__ or error, OperationalError | InterfaceError)
-                if not away or stop.is_set() or time.monotonic() - begun > PATIENCE:
-                    raise RunError(f"storage={self.shown} does not answer: {reason_of(error)}") from None
-                stop.wait(0.2 + random.random())
+
+def patiently(action: Callable[[], Result], stop: threading.Event, address: str) -> Result:
+    """Do it again while the storage does not answer, until `stop`.
+
+    Raises:
+        RunError: the storage stays away.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            return action()
+        except (AwayError, *StorageError) as error:
+            away = isinstance(error, AwayError) or isinstance(error.__cause__ or error, AWAY)
+            if not away or stop.is_set() or time.monotonic() - begun > PATIENCE:
+                raise RunError(f"storage={address} does not answer: {reason_of(error)}") from None
+            stop.wait(0.2 + random.random())

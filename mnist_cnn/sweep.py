@@ -43,12 +43,17 @@ def job(config: DictConfig) -> Any:
         for package in ("optuna", "plotly"):
             if not importlib.util.find_spec(package):
                 raise UserError(f"mnist-sweep needs the package {package}: pip install 'mnist-cnn[sweep]'")
+        from mnist_cnn.storage import StorageError, reason_of
+
         overrides = list(HydraConfig.get().overrides.task)
-        if settings.report or settings.retrain:
-            folder = Path(settings.report or settings.retrain or "")
-            shared = existing(settings, folder)
-            return retrain(shared, overrides) if settings.retrain else conclude(shared)
-        return search(settings, overrides, HydraConfig.get().runtime.choices["sweep"])
+        try:
+            if settings.report:
+                return conclude(existing(settings, Path(settings.report)))
+            if settings.retrain:
+                return retrain(existing(settings, Path(settings.retrain)), overrides)
+            return search(settings, overrides, HydraConfig.get().runtime.choices["sweep"])
+        except StorageError as error:
+            raise RunError(f"the storage does not answer: {reason_of(error)}; the same command continues") from None
 
     return guarded(work, Path())
 
@@ -69,52 +74,56 @@ def search(settings: Sweep, overrides: list[str], sweep: str) -> None:
     except UserError as error:
         raise UserError(f"sweep={sweep}: {error}") from None
     name = settings.study or study_name(sweep, overrides)
-    folder = Path(settings.folder or Path("outputs", "sweep", name))
-    shared = joined(settings, name, folder)
-    shared.agree(space, settings)
-    describe(folder, name, settings)
 
     from mnist_cnn.crew import Crew
     from mnist_cnn.report import Progress
+    from mnist_cnn.storage import patiently, shown
     from mnist_cnn.trials import PARENT, Worker, stopped_by_signals
 
-    if PARENT in os.environ:  # a local worker: the command that began it says what there is to say
-        with stopped_by_signals() as stop:
+    with stopped_by_signals() as stop:
+        if PARENT in os.environ:  # a local worker: the command that began it says what there is to say
+            address = shown(settings.storage or "")
+            shared = patiently(lambda: joined(settings, space, name), stop, address)
             Worker(shared, space, settings, stop, lambda: None).run()
-    else:
-        progress = Progress(shared, settings.trials)
-        with stopped_by_signals() as stop, progress:
-            if settings.workers > 1:
-                Crew(shared, settings, stop, progress).run()
-            else:
-                Worker(shared, space, settings, stop, progress.look).run()
-        if not stop.is_set():
-            return conclude(shared)
-        name = signal.Signals(stop.signum).name
-        log.error("stopped by %s: %s; the same command continues", name, progress.state())
+        else:
+            shared = joined(settings, space, name)
+            with Progress(shared, settings.trials) as progress:
+                if settings.workers > 1:
+                    Crew(shared, settings, stop, progress).run()
+                else:
+                    Worker(shared, space, settings, stop, progress.look).run()
+            if stop.is_set():
+                sent = signal.Signals(stop.signum).name
+                log.error("stopped by %s: %s; the same command continues", sent, progress.state())
     if stop.is_set():
         raise SystemExit(128 + stop.signum)
+    if PARENT not in os.environ:
+        shared.storage.patiently(lambda: conclude(shared), stop)
 
 
-def joined(settings: Sweep, name: str, folder: Path) -> SharedStudy:
+def joined(settings: Sweep, space: Space, name: str) -> SharedStudy:
     """The study of that name, begun where there is none yet.
 
     Raises:
-        UserError: the folder is another's, or the storage is not reached.
+        UserError: the folder is another's, the storage is not reached, or its study of that name is another.
     """
     from mnist_cnn.study import SharedStudy
 
+    folder = Path(settings.folder or Path("outputs", "sweep", name))
     refuse_occupied(folder)
     if (folder / STUDY).is_file() and (other := described(folder)["study"]) != name:
         raise UserError(f"{folder} is the folder of the study {other}: choose another")
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return SharedStudy(settings, name, folder)
+        shared = SharedStudy(settings, name, folder)
     except UserError:
         if new and not any(folder.iterdir()):
             folder.rmdir()
         raise
+    shared.agree(space, settings)
+    describe(folder, name, settings)
+    return shared
 
 
 # --- a study that is there -----------------------------------------------------------------------------------

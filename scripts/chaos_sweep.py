@@ -53,13 +53,11 @@ def disturbed(kind, count, workers, kills, seed, root):
     server = postgresql.Server() if kind == "postgresql" else None
     words = [*STUDY, f"trials={count}", f"workers={workers}", "epochs=15", "heartbeat=1", f"folder={folder}"]
     words += [f"storage={server.url}"] if server else []
-    begun, seen, killed, restarted = time.monotonic(), {}, 0, 0
-    plan = sorted(moments.uniform(6, 8 + 5 * kills) for _ in range(workers * kills))
-    restart = moments.uniform(8, 6 + 4 * kills) if server else None
+    begun, seen, restarted = time.monotonic(), {}, 0
+    restart = moments.uniform(15, 30) if server else None
+    places, due, killed = {}, {}, dict.fromkeys(range(workers), 0)  # a new process has the place of a killed one
     with (root / f"{kind}.log").open("w") as log:
         process = subprocess.Popen(command(*words), env=ENVIRONMENT, stdout=log, stderr=log)
-        times = {}  # how often each worker was killed: a new process takes the place of a killed one
-        places = {}
         while process.poll() is None and time.monotonic() - begun < PATIENCE:
             now = time.monotonic() - begun
             for config in folder.glob("trials/*/config.yaml"):
@@ -68,14 +66,12 @@ def disturbed(kind, count, workers, kills, seed, root):
             for pid in alive:
                 if pid not in places:
                     taken = {places[other] for other in alive if other in places}
-                    places[pid] = next((n for n in range(workers) if n not in taken), 0)
-            ready = [pid for pid in alive if times.get(places[pid], 0) < kills]
-            if plan and now > plan[0] and ready:
-                plan.pop(0)
-                victim = min(ready, key=lambda pid: times.get(places[pid], 0))
-                times[places[victim]] = times.get(places[victim], 0) + 1
-                os.kill(int(victim), signal.SIGKILL)
-                killed += 1
+                    places[pid] = next((place for place in killed if place not in taken), 0)
+                    due[pid] = now + moments.uniform(7, 15)  # it begins to train after some five seconds
+                if now > due[pid] and killed[places[pid]] < kills:
+                    os.kill(int(pid), signal.SIGKILL)
+                    killed[places[pid]] += 1
+                    due[pid] = float("inf")
             if restart and now > restart:
                 restart = None
                 server.stop("immediate")
@@ -87,7 +83,7 @@ def disturbed(kind, count, workers, kills, seed, root):
     seconds = time.monotonic() - begun
     found = trials(folder) if process.wait() == 0 else []
     states = {state: sum(row["state"] == state for row in found) for state in ("complete", "pruned", "again")}
-    wrong = judged(folder, found, count, seen, killed == workers * kills)
+    wrong = judged(folder, found, count, seen, set(killed.values()) == {kills})
     again = subprocess.run(
         command(f"retrain={folder}", *([f"storage={server.url}"] if server else [])),
         env=ENVIRONMENT,
@@ -97,7 +93,14 @@ def disturbed(kind, count, workers, kills, seed, root):
     reproduced = again.returncode == 0 and json.loads((folder / "retrain.json").read_text())["again"]
     if server:
         server.close()
-    record = {"kind": kind, "workers": workers, "trials": count, "killed": killed, "restarted": restarted, **states}
+    record = {
+        "kind": kind,
+        "workers": workers,
+        "trials": count,
+        "killed": sum(killed.values()),
+        "restarted": restarted,
+        **states,
+    }
     return {
         **record,
         "reproduced": reproduced,

@@ -53,6 +53,13 @@ def test_every_command_of_the_readme_runs(run, trained, swept, digit, tmp_path, 
     assert ended.status == 0, ended
 
 
+def test_the_search_space_of_the_readme_is_one(run, tmp_path):
+    (tmp_path / "own" / "sweep").mkdir(parents=True)
+    (tmp_path / "own" / "sweep" / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, flags=re.DOTALL)[1])
+    ended = run("mnist-sweep", "--config-dir", "own", "sweep=mine", "trials=1", "data=digits", "epochs=1")
+    assert ended.status == 0, ended
+
+
 def test_the_python_lines_of_the_readme_run(trained, tmp_path, monkeypatch):
     import numpy as np
 

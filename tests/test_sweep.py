@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from test_messages import said
 from test_resume import equal, failing, signalled  # noqa: F401
 from test_train import metrics, same, weights
 
-from mnist_cnn import fit, storage
+from mnist_cnn import crew, fit, storage
 
 QUICK = ("data=digits", "epochs=1", "architecture=conv10")
 SWEEP = ("mnist-sweep", "sweep=learning_rate", *QUICK, "folder=study")
@@ -361,17 +362,80 @@ def test_a_study_on_postgresql_keeps_its_password_to_itself(run, tmp_path, serve
     assert not (tmp_path / "other").exists()
 
 
+def test_a_server_that_restarts_costs_no_trial(run, tmp_path, server):
+    from mnist_cnn.trials import Worker
+
+    watch, restarted = Worker._watch, []
+
+    def restarting(self, trial):
+        if not restarted:
+            server.stop()
+            restarted.append(threading.Timer(1.5, server.start))
+            restarted[0].start()
+        return watch(self, trial)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "_watch", restarting)
+        ended = run(*SWEEP, "trials=2", f"storage={server.url}", "study=restarted")
+    assert (ended.status, ended.err) == (0, "")
+    assert [row["state"] for row in rows(tmp_path / "study")] == ["complete", "complete"]
+    assert "the storage does not answer" in (tmp_path / "study" / "trials" / "0000" / "train.log").read_text()
+
+
+def test_memory_that_does_not_suffice_costs_one_trial(run, tmp_path, monkeypatch):
+    backward, calls = torch.Tensor.backward, []
+
+    def short(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+        return backward(*arguments)
+
+    monkeypatch.setattr(torch.Tensor, "backward", short)
+    assert run(*SWEEP, "trials=2").status == 0
+    first, second = rows(tmp_path / "study")
+    assert (first["state"], second["state"]) == ("fail", "complete")
+    assert first["reason"].startswith("out of memory with data.batch_size=16 and a network of 145,370 parameters")
+
+
+def test_workers_have_their_share_of_threads_and_one_gpu_each(run, monkeypatch):
+    begun = []
+
+    class Ended:
+        pid = 1
+
+        def __init__(self, command, env, **_):
+            begun.append((command, env))
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(crew.subprocess, "Popen", Ended)
+    monkeypatch.setattr(crew, "cores", lambda: 13)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert run(*SWEEP, "workers=3", "trials=9").status == 1  # as no worker did anything
+    assert [env["CUDA_VISIBLE_DEVICES"] for _, env in begun] == ["3", "5", "3"]
+    assert {env["OMP_NUM_THREADS"] for _, env in begun} == {"4"}
+    assert all(command[-2:] == ["workers=1", "accelerator.threads=4"] for command, _ in begun)
+    begun.clear()
+    run(*SWEEP, "workers=2", "accelerator=cpu", "accelerator.threads=3")
+    assert {env["OMP_NUM_THREADS"] for _, env in begun} == {"3"}
+    assert {env["CUDA_VISIBLE_DEVICES"] for _, env in begun} == {"3,5"}
+    assert all(command[-1] == "workers=1" for command, _ in begun)
+
+
 def test_local_workers_share_the_threads_and_one_that_is_killed_starts_anew(tmp_path, server):
     words = [*SWEEP[1:], "trials=5", "workers=2", "epochs=4", f"storage={server.url}", "study=crew", "heartbeat=1"]
     command = [sys.executable, "-m", "mnist_cnn.sweep", *words]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as crew:
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
         while not list((tmp_path / "study").glob("trials/*/metrics.csv")):
-            assert crew.poll() is None
+            assert parent.poll() is None
             time.sleep(0.05)
-        workers = Path(f"/proc/{crew.pid}/task/{crew.pid}/children").read_text().split()
+        workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         os.kill(int(workers[0]), signal.SIGKILL)
-        out, err = crew.communicate(timeout=120)
-    assert crew.returncode == 0
+        out, err = parent.communicate(timeout=120)
+    assert parent.returncode == 0
     assert re.fullmatch(r"worker \d was ended by SIGKILL: it starts anew\n", err)
     assert len(re.findall(r"^\d/5  trial", out, flags=re.MULTILINE)) == 5
     states = [row["state"] for row in rows(tmp_path / "study")]
@@ -385,14 +449,14 @@ def test_local_workers_share_the_threads_and_one_that_is_killed_starts_anew(tmp_
 
 def test_a_signal_ends_the_workers_as_well(tmp_path):
     command = [sys.executable, "-m", "mnist_cnn.sweep", *SWEEP[1:], "trials=50", "workers=2", "epochs=400"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as crew:
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         while len(list((tmp_path / "study").glob("trials/*/metrics.csv"))) < 2:
-            assert crew.poll() is None
+            assert parent.poll() is None
             time.sleep(0.05)
-        workers = Path(f"/proc/{crew.pid}/task/{crew.pid}/children").read_text().split()
-        crew.send_signal(signal.SIGTERM)
-        _, err = crew.communicate(timeout=60)
-    assert crew.returncode == 143
+        workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        parent.send_signal(signal.SIGTERM)
+        _, err = parent.communicate(timeout=60)
+    assert parent.returncode == 143
     assert err == (
         "stopped by SIGTERM: 0 of 50 trials done (0 pruned, 0 failed), 0 running; the same command continues\n"
     )
