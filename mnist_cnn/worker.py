@@ -21,7 +21,7 @@ from mnist_cnn.config import Train
 
 log = logging.getLogger(__name__)
 
-SHARED = "MNIST_CNN_SWEEP"  # the environment variable by which jobs know what they share
+SHARED = "MNIST_CNN_JOBS"  # the environment variable by which jobs know what they share
 STOP = ".stop"  # in a sweep's folder: its jobs are to save and end
 SECONDS = 0.2  # between looks into the sweep's folder
 
