@@ -131,7 +131,8 @@ def prepare(config: Train, group: Group | None) -> torch.device:
     quiet()
     device = find_device(config.accelerator.name)
     if device.type == "cuda" and (found := torch.cuda.device_count()) < config.accelerator.devices:
-        raise UserError(f"accelerator.devices={config.accelerator.devices}: torch finds {found} CUDA devices here")
+        asked = f"accelerator.devices={config.accelerator.devices}"
+        raise UserError(f"{asked} is more than the CUDA devices that torch finds here: {found}")
     check_precision(config.accelerator.precision, device)
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)

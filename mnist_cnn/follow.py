@@ -72,13 +72,15 @@ def follow_in(group: Group) -> NoReturn:
 
 
 def _fail(group: Group, error: BaseException) -> NoReturn:
+    """Leave rank 0 the reason, in one line as all of them."""
     if broke(error):
         group.reason(error)
+    elif isinstance(error, UserError | RunError):
+        group.fail(f"rank {group.rank} failed: {error}")
     else:
-        known = isinstance(error, UserError | RunError)
-        own = f"rank {group.rank} failed: {error if known else f'{type(error).__name__}: {error}'}"
-        if group.fail(own).startswith(own[:100]) and not known:
-            traceback.print_exc()
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}, line {last.lineno}"
+        group.fail(f"rank {group.rank} failed: {type(error).__name__}: {error} ({where})")
     os._exit(1)
 
 

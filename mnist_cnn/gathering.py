@@ -68,7 +68,7 @@ def started(size: int) -> Group:
     return Group(0, size, store, children)
 
 
-def _called(config: Train) -> Group | None:
+def _called(config: Train) -> Group:
     """The group that a run asks for."""
     asked, size = config.accelerator, config.accelerator.devices * config.accelerator.num_nodes
     words = f"accelerator.devices={asked.devices} and accelerator.num_nodes={asked.num_nodes}"
@@ -79,7 +79,7 @@ def _called(config: Train) -> Group | None:
         raise UserError(f"{words} are {size} ranks, but torchrun or srun has started {group.size}: give as many")
     if group and group.broken:
         raise RunError(f"the other ranks have ended: {group.failure()}")
-    if group or size == 1:
+    if group:
         return group
     if asked.num_nodes > 1:
         raise UserError(f"{words}: start the command on each machine by torchrun or srun, as the README shows")
@@ -94,6 +94,9 @@ def gathered(config: Train, folder: Path) -> Iterator[Group | None]:
         UserError: they cannot share a batch, or are not those that torchrun or srun has started.
         RunError: one of them failed; it has the reason.
     """
+    if config.accelerator.devices * config.accelerator.num_nodes == 1 and not (outside() or Group.theirs):
+        yield None
+        return
     import torch
 
     if uneven := config.uneven():
@@ -104,25 +107,24 @@ def gathered(config: Train, folder: Path) -> Iterator[Group | None]:
     group, status = None, 1
     try:
         group = _called(config)
+        group.remedy = f"; what it has saved is whole: mnist-train resume={folder}"
         yield group
         status = 0
     except Exception as error:
-        if group is None:
+        if group is None or not group.busy or isinstance(error, NotFiniteError):  # which all ranks find at one step
             raise
-        group.broken = not isinstance(error, NotFiniteError)  # which all ranks find at the same step
-        if not broke(error):
-            if group.broken:
-                group.fail(str(error) or type(error).__name__)
-            raise
-        kept = (folder / "checkpoints" / "last.ckpt").exists()
-        remedy = f"its last checkpoint is whole; continue with: mnist-train resume={folder}"
-        raise RunError(f"{group.reason(error)}{'; ' + remedy if kept else ''}") from None
+        group.broken = True
+        if broke(error):
+            raise RunError(group.reason(error) + group.remedy) from None
+        group.fail(str(error) or type(error).__name__)
+        raise
     finally:
-        if group and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        if group and group is not Group.theirs:
-            group.end(status)
         if group:
+            group.busy = False
             torch.set_num_threads(threads)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            if group is not Group.theirs:
+                group.end(status)
         if interface is None:
             os.environ.pop("GLOO_SOCKET_IFNAME", None)

@@ -51,7 +51,8 @@ class Group:
     def __init__(self, rank: int, size: int, store: Any, children: list[subprocess.Popen[bytes]] | None = None) -> None:
         self.rank, self.size, self.store, self.children = rank, size, store, children or []
         self.job = -1
-        self.over, self.broken = threading.Event(), False
+        self.over, self.busy, self.broken = threading.Event(), False, False
+        self.remedy = ""  # what to do after a rank has been lost
         # A machine that vanishes answers nothing, not even with an error: this then ends a rank that waits for it.
         self.elsewhere = os.open(os.devnull, os.O_WRONLY) if outside() else 0
         # A store's connection serves one thread at a time.
@@ -65,7 +66,7 @@ class Group:
         Raises:
             RunError: one has failed or does not come.
         """
-        self.job += 1
+        self.job, self.busy = self.job + 1, True
         self.store.set(f"job {self.job}", json.dumps(job))
         last = time.monotonic() + COMING
         while (ready := self.store.add(f"ready {self.job}", 0)) < self.size - 1:
@@ -159,7 +160,7 @@ class Group:
             if self.over.is_set():
                 return
         if self.rank == 0:
-            log.error("error: %s", reason)
+            log.error("error: %s%s", reason, self.remedy)
             for child in self.children:
                 child.kill()
         logging.shutdown()

@@ -133,8 +133,8 @@ def test_a_rank_that_fails_ends_the_others_and_the_sweep_goes_on(run, tmp_path):
     assert time.monotonic() - begun < 60
     assert ended.status == 1
     first, second = ended.err.splitlines()
-    assert "rank 1 was ended by SIGKILL; its last checkpoint is whole; continue with: mnist-train resume=" in first
-    assert "rank 1 failed: ValueError: something odd" in second
+    assert "rank 1 was ended by SIGKILL; what it has saved is whole: mnist-train resume=" in first
+    assert "rank 1 failed: ValueError: something odd (test_data_parallel.py, line" in second
     assert not children(os.getpid())
     for folder in sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir()):
         assert len(read_checkpoint(folder / "checkpoints" / "last.ckpt")[1].history) == 1

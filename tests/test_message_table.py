@@ -519,7 +519,7 @@ ELSEWHERE = {
     "cannot join the others": "torchrun or srun whose first machine is not reached",
     "torchrun and srun start the command": "the Python interface under torchrun or srun",
     "the other ranks have ended": "a sweep under srun after a rank has failed",
-    "CUDA devices here": "a machine with CUDA, but less of it than was asked for",
+    "is more than the CUDA devices that": "a machine with CUDA, but fewer devices",
     "this CPU has no bfloat16 instructions": "a CPU without them",
     "is damaged": "a .keras file whose zip breaks off while it is read",
     "is missing or is a link": "test_keras_import.py",
