@@ -115,10 +115,11 @@ def patiently(action: Callable[[], Result], stop: threading.Event, address: str)
         RunError: the storage stays away.
     """
     begun = time.monotonic()
+    tried_again: tuple[type[Exception], ...] = (AwayError, *StorageError)
     while True:
         try:
             return action()
-        except (AwayError, *StorageError) as error:
+        except tried_again as error:
             away = isinstance(error, AwayError) or isinstance(error.__cause__ or error, AWAY)
             if not away or stop.is_set() or time.monotonic() - begun > PATIENCE:
                 raise RunError(f"storage={address} does not answer: {reason_of(error)}") from None
