@@ -36,6 +36,11 @@ def shown(url: str) -> str:
     return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
 
 
+def is_away(error: Exception) -> bool:
+    """Whether it is that the server does not answer: SQLAlchemy's own error, or Optuna's around it."""
+    return isinstance(error, AWAY) or isinstance(error.__cause__, AWAY)
+
+
 def reason_of(error: Exception) -> str:
     return str(error.__cause__ or error).strip().splitlines()[0]
 
@@ -73,7 +78,7 @@ class Storage(RDBStorage):
                 f"storage={self.shown} needs a driver ({reason_of(error)}): pip install 'mnist-cnn[{extra}]'"
             ) from None
         except (ArgumentError, StorageInternalError, SQLAlchemyError) as error:
-            kind = AwayError if isinstance(error.__cause__ or error, AWAY) else UserError
+            kind = AwayError if is_away(error) else UserError
             raise kind(f"storage={self.shown} cannot be used: {reason_of(error)}") from None
 
     def _open(self, url: str, options: dict[str, Any], heartbeat: int) -> None:
@@ -120,7 +125,7 @@ def patiently(action: Callable[[], Result], stop: threading.Event, address: str)
         try:
             return action()
         except tried_again as error:
-            away = isinstance(error, AwayError) or isinstance(error.__cause__ or error, AWAY)
+            away = isinstance(error, AwayError) or is_away(error)
             if not away or stop.is_set() or time.monotonic() - begun > PATIENCE:
                 raise RunError(f"storage={address} does not answer: {reason_of(error)}") from None
             stop.wait(0.2 + random.random())
