@@ -180,6 +180,7 @@ def tables(record):
         for each in record["throughput"]:
             figures = f"{each['seconds']:.0f} | {each['a minute']:.0f}"
             lines.append(f"| {each['workers']} | {each['threads']} | {figures} |")
+        lines += ["", "Where one process has more threads than there are cores, they wait for each other."]
     if "flat" in record:
         lines += ["", "| trials of one process | " + " | ".join(str(each["trials"]) for each in record["flat"]) + " |"]
         lines += ["| --- |" + " --- |" * len(record["flat"])]
