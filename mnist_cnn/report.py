@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import logging
 import shutil
 import statistics
 import sys
 import time
-import warnings
 from typing import Any
 
 import hydra
@@ -16,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist_cnn.runs import whole, write_csv, write_whole
+from mnist_cnn.runs import write_csv, write_whole
 from mnist_cnn.space import NOT_SEARCHED, text
 from mnist_cnn.storage import StorageError
 from mnist_cnn.study import SharedStudy, Tally, replaces
@@ -24,12 +22,6 @@ from mnist_cnn.study import SharedStudy, Tally, replaces
 log = logging.getLogger("mnist-sweep")
 
 SECONDS_BETWEEN_LOOKS = 0.5
-PICTURES = {
-    "history": "plot_optimization_history",
-    "importances": "plot_param_importances",
-    "parallel_coordinate": "plot_parallel_coordinate",
-    "slices": "plot_slice",
-}
 
 
 def figure(shared: SharedStudy, value: float) -> str:
@@ -147,6 +139,9 @@ def reason(trial: FrozenTrial) -> str:
 
 def write_report(shared: SharedStudy) -> FrozenTrial | None:
     """trials.csv, and where a trial is complete the best one's experiment, a page and pictures; the best trial."""
+    from mnist_cnn.study_page import page
+    from mnist_cnn.study_plots import pictures
+
     now, folder = shared.tally(), shared.folder
     write_csv(folder / "trials.csv", *rows(shared))
     best = best_of(shared, now)
@@ -161,7 +156,8 @@ def write_report(shared: SharedStudy) -> FrozenTrial | None:
         f"# mnist-train --config-dir {folder} experiment=best\n"
         + yaml.safe_dump(experiment(overrides), sort_keys=False, allow_unicode=True),
     )
-    pictures(shared, title, best)
+    pictures(shared, title)
+    page(shared, title, parameters(best))
     return best
 
 
@@ -212,38 +208,3 @@ def _difference(ours: Any, theirs: Any) -> Any:
     return {
         key: _difference(ours[key], theirs.get(key)) for key in ours if key not in theirs or ours[key] != theirs[key]
     }
-
-
-def pictures(shared: SharedStudy, title: str, best: FrozenTrial) -> None:
-    """report.html, which holds all that it shows, and the same pictures as pictures/*.png."""
-    import matplotlib
-    from optuna import visualization
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    (shared.folder / "pictures").mkdir(
-        exist_ok=True
-    )  # not plots: the folder is a --config-dir, where that would be a group
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(parameters(best))}</p>"]
-    for name, function in PICTURES.items():
-        named = {"target_name": shared.metric}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                drawn = getattr(visualization, function)(shared.study, **named)
-                axes = getattr(visualization.matplotlib, function)(shared.study, **named)
-        except (ValueError, RuntimeError) as error:  # such as importances, of one trial
-            parts.append(f"<p>{name}: {html.escape(str(error))}</p>")
-            continue
-        parts.append(drawn.to_html(full_html=False, include_plotlyjs=not any("<script" in part for part in parts)))
-        shown = (axes if hasattr(axes, "figure") else axes.flat[0]).figure
-        with whole(shared.folder / "pictures" / f"{name}.png") as temporary:
-            shown.savefig(temporary, dpi=110, bbox_inches="tight")
-        pyplot.close(shown)
-    page = "\n".join(parts)
-    write_whole(
-        shared.folder / "report.html",
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head>'
-        f'<body style="font-family: sans-serif">{page}</body></html>\n',
-    )

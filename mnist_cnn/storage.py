@@ -31,9 +31,18 @@ class AwayError(UserError):
     """The storage is not reached: a wrong address, or a server that is not up."""
 
 
+PASSWORD = r"[?&](?:ssl)?passw(?:or)?d="  # in an address's query
+
+
 def shown(url: str) -> str:
     """A storage's address without its password."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
+    return re.sub(rf"({PASSWORD})[^&]*", r"\1***", re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url))
+
+
+def without_password(url: str) -> str:
+    """The same address to keep, for which the user's own files (~/.pgpass) have the password."""
+    kept = re.sub(rf"{PASSWORD}[^&]*", "", re.sub(r"(://[^:/@]*):.*@", r"\1@", url))
+    return kept if "?" in kept else kept.replace("&", "?", 1)
 
 
 def is_away(error: Exception) -> bool:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import signal
 import statistics
 import sys
@@ -131,7 +130,9 @@ def joined(settings: Sweep, space: Space, name: str) -> SharedStudy:
 
 def describe(folder: Path, name: str, settings: Sweep) -> None:
     """Write what finds the study again; a password stays out of it."""
-    storage = re.sub(r"(://[^:/@]*):.*@", r"\1@", settings.storage) if settings.storage else None
+    from mnist_cnn.storage import without_password
+
+    storage = without_password(settings.storage) if settings.storage else None
     about = {"study": name, "metric": settings.metric, "storage": storage, "retries": settings.retries}
     write_whole(folder / STUDY, yaml.safe_dump(about, sort_keys=False))
 

@@ -13,8 +13,11 @@ import sys
 import termios
 import threading
 import time
+import types
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import optuna
 import postgresql
 import pytest
@@ -22,11 +25,15 @@ import torch
 import yaml
 from conftest import CONF
 from optuna.trial import TrialState
+from PIL import Image
 from test_messages import said
 from test_resume import equal, failing, signalled  # noqa: F401
 from test_train import metrics, same, weights
 
 from mnist_cnn import crew, fit, storage
+from mnist_cnn.study import tally as of_study
+from mnist_cnn.study_page import page
+from mnist_cnn.study_plots import Axis, pictures
 
 QUICK = ("data=digits", "epochs=1", "architecture=conv10")
 SWEEP = ("mnist-sweep", "sweep=learning_rate", *QUICK, "folder=study")
@@ -82,7 +89,7 @@ def test_a_study_leaves_what_the_readme_says_and_the_same_command_continues_it(r
         *("study.yaml", "study.db", "study.db.lock", "trials", "trials.csv", "experiment", "report.html", "pictures"),
     }
     assert {path.name for path in (study / "pictures").iterdir()} == {
-        f"{name}.png" for name in ("history", "importances", "parallel_coordinate", "slices")
+        f"{name}.png" for name in ("history", "importances", "parallel_coordinate", "slices", "study")
     }
     assert len(re.findall(r"^\d/3  trial \d  [\d.]+%  .* s  optimizer.lr=", ended.out, flags=re.MULTILINE)) == 3
     assert "3 of 3 trials done (0 pruned, 0 failed), 0 running; best" in ended.out
@@ -195,17 +202,51 @@ def test_where_every_trial_fails_the_command_does(run, tmp_path, space):
     assert [row["state"] for row in rows(tmp_path / "study")] == ["fail", "fail"]
 
 
+def test_one_trial_that_diverged_does_not_press_the_others_into_a_line():
+    axis = Axis("validation error", [0.9, 0.0092, 0.0110, 0.0104], log=True, percent=True)
+    first, second = axis.places[[1, 2]]
+    assert 0 < first < second - 0.03
+    assert axis.places[0] < 1
+    assert (axis.labels[0], axis.labels[-1]) == ("1%", "100%")
+    assert all(0 < tick < 1 for tick in axis.ticks)
+    equal = Axis("optimizer", ["adam"] * 5, choices=("adam", "sgd"))
+    assert len(set(equal.places)) == 5  # side by side
+    assert equal.labels == ["adam", "sgd"]
+
+
+def test_any_study_can_be_drawn(tmp_path):
+    """Trials without an error, of which there is no logarithm; parameters of one value; labels that are long."""
+    study = optuna.create_study(direction="maximize")
+    lists = optuna.distributions.CategoricalDistribution(["[{filters:32,kernel:3},{filters:64,kernel:3}]", None])
+    space = {"blocks": lists, "dropout": optuna.distributions.FloatDistribution(0.3, 0.3)}
+    for figure in (1.0, 1.0, 0.97, None):
+        trial = study.ask(space)
+        trial.set_user_attr("error", "a reason")
+        study.tell(trial, figure, TrialState.COMPLETE if figure else TrialState.FAIL)
+    tally = partial(of_study, study.get_trials(), 0)
+    shared = types.SimpleNamespace(study=study, metric="val/accuracy", folder=tmp_path, tally=tally)
+    pictures(shared, "a title")
+    page(shared, "<a title>", "about it")
+    for picture in (tmp_path / "pictures").iterdir():
+        assert np.asarray(Image.open(picture).convert("L")).std() > 5
+    content = (tmp_path / "report.html").read_text()
+    assert "&lt;a title&gt;" in content
+    assert '"ticktext":["0",' in content
+    assert '"name":"failed"' in content
+
+
 def test_a_report_at_any_time_and_the_best_trained_again(run, tmp_path):
     assert run(*SWEEP, "trials=2").status == 0
     for name in ("trials.csv", "report.html", "experiment/best.yaml"):
         (tmp_path / "study" / name).unlink()
     before = files(tmp_path / "study" / "trials")
     ended = run("mnist-sweep", "report=study")
-    assert ended.status == 0
+    assert (ended.status, ended.err) == (0, "")
     assert "2 of 2 trials done" in ended.out
     assert ended.folder() == Path("study")
     page = (tmp_path / "study" / "report.html").read_text()
-    assert page.count('class="plotly-graph-div"') == 4
+    assert page.count('class="plotly-graph-div"') == 3
+    assert "<p>Target and region quantiles select the same set of trials</p>" in page  # no importances of so few
     assert not re.search(r'<(script|link)[^>]+(src|href)="?http', page)
     ended = run("mnist-sweep", "retrain=study")
     assert ended.status == 0
@@ -360,6 +401,11 @@ def test_a_study_on_postgresql_keeps_its_password_to_itself(run, tmp_path, serve
     ended = run(*words, f"storage={wrong}", "folder=other")
     said(ended, "storage=postgresql://sweeper:***@127.0.0.1", "cannot be used: ", "password authentication failed")
     assert not (tmp_path / "other").exists()
+    host = server.url.rpartition("@")[2]
+    inquiring = f"storage=postgresql://sweeper@{host}?connect_timeout=9&password=p:w%40d/"
+    assert run(*words, f"'{inquiring}secret'").status == 0
+    assert "?connect_timeout=9\n" in (tmp_path / "study" / "study.yaml").read_text()
+    said(run(*words, f"'{inquiring}wrong'"), "connect_timeout=9&password=*** cannot be used: ")
 
 
 def test_a_server_that_restarts_costs_no_trial(run, tmp_path, server):
