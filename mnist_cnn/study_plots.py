@@ -215,16 +215,16 @@ def pictures(shared: SharedStudy, title: str) -> None:
     high = 0.7 + 2.7 * -(-len(outcomes.axes) // COLUMNS)  # inches, of the slices
     wide = max(11, 1.1 * len(outcomes.axes))
     sizes = {"history": (7, 4), "importances": (6, 4), "parallel_coordinate": (wide, 4.6), "slices": (11, high)}
-    whole_one = Figure(figsize=(wide, 3.8 + 4.4 + high), layout="constrained")
-    whole_one.suptitle(title, fontsize="large")
-    top, middle, bottom = np.ravel(whole_one.subfigures(3, 1, height_ratios=[3.8, 4.4, high]))
-    places = dict(zip(DRAWN, [*np.ravel(top.subfigures(1, 2, width_ratios=[1.2, 1])), middle, bottom], strict=True))
+    together = Figure(figsize=(wide, 3.8 + 4.4 + high), layout="constrained")
+    together.suptitle(title, fontsize="large")
+    top, middle, bottom = together.subfigures(3, 1, squeeze=False, height_ratios=[3.8, 4.4, high])[:, 0]
+    places = dict(zip(DRAWN, [*top.subfigures(1, 2, width_ratios=[1.2, 1]), middle, bottom], strict=True))
     for name, draw in DRAWN.items():
         figure = Figure(figsize=sizes[name], layout="constrained")
         draw(figure, outcomes)
         draw(places[name], outcomes)
         _save(figure, folder / f"{name}.png")
-    _save(whole_one, folder / "study.png")
+    _save(together, folder / "study.png")
 
 
 def _save(figure: Figure, file: Path) -> None:
