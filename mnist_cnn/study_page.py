@@ -95,7 +95,7 @@ def parallel_coordinate(outcomes: Outcomes) -> Any:
     done = outcomes.complete
     ranks = np.argsort(np.argsort(outcomes.values[done]))
     dimensions = [
-        {"label": axis.name.replace(".", ".<br>", 1), "values": axis.places[done], **ticks(axis)}
+        {"label": axis.name.replace(".", ".<br>", len(axis.name) > 16), "values": axis.places[done], **ticks(axis)}
         for axis in (*outcomes.axes, outcomes.axis)
     ]
     lines = graph_objects.Parcoords(

@@ -214,6 +214,17 @@ def test_one_trial_that_diverged_does_not_press_the_others_into_a_line():
     assert equal.labels == ["adam", "sgd"]
 
 
+def test_a_study_of_one_process_and_a_seed_is_the_same_again(run, tmp_path):
+    words = (*SWEEP[:-1], "trials=5", "+sampler.seed=1", "+sampler.n_startup_trials=2")
+    assert [run(*words, f"folder={name}").status for name in ("one", "other")] == [0, 0]
+    one, other = (
+        [{k: v for k, v in row.items() if k not in ("seconds", "started")} for row in rows(tmp_path / name)]
+        for name in ("one", "other")
+    )
+    assert one == other
+    assert len({row["optimizer.lr"] for row in one}) == 5
+
+
 def test_any_study_can_be_drawn(tmp_path):
     """Trials without an error, of which there is no logarithm; parameters of one value; labels that are long."""
     study = optuna.create_study(direction="maximize")
