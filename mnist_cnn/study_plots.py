@@ -95,14 +95,14 @@ class Outcomes:
 
     def __init__(self, shared: SharedStudy) -> None:
         now, accuracy = shared.tally(), shared.metric == "val/accuracy"
-        ended = [trial for trial in now.ended if trial.values and math.isfinite(trial.values[0])]
+        ended = [trial for trial in now.ended if trial.values and not math.isnan(trial.values[0])]
         self.importances: dict[str, float] | str = _importances(shared.study)
         self.failed = [trial.number for trial in now.failed]
         self.numbers = np.array([trial.number for trial in ended])
         self.complete = np.array([trial.state == TrialState.COMPLETE for trial in ended])
         values = np.array([1 - trial.values[0] if accuracy else trial.values[0] for trial in ended])
         none = values[values > 0].min(initial=1.0) / 2  # where no error at all is drawn, which has no logarithm
-        self.values = np.maximum(values, none)
+        self.values = np.clip(values, none, 1e30)  # an infinite loss
         name = "validation error" if accuracy else "validation loss"
         self.axis = Axis(name, self.values, log=True, percent=accuracy)
         if (values <= 0).any():

@@ -152,7 +152,7 @@ def flat(count, root):
     rows, step = [], max(1, count // 10)
     with subprocess.Popen(command(*words), env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and len(rows) < 10:
-            done = len(list(folder.glob("trials/*/config.yaml"))) - 1  # one runs; a pruned one has no metrics.json
+            done = len(list(folder.glob("trials/*/config.yaml")))  # a pruned one has no metrics.json
             if done >= step * (len(rows) + 1):
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 resident = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
