@@ -10,6 +10,8 @@ import yaml
 
 from mnist_cnn.plan import settings_of
 
+INTERRUPTED = "interrupted"
+
 
 def state(folder: Path) -> str:
     """What a job has left in its folder."""
@@ -34,7 +36,7 @@ def job_row(folder: Path, name: str, words: list[str] | None) -> dict[str, Any]:
     if state(folder) == "finished":
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     else:
-        reason = failure(folder) or "did not finish"
+        reason = failure(folder) or INTERRUPTED
     figures = {key: metrics.get(key) for key in ("val/accuracy", "test/accuracy", "fit_seconds")}
     return {"job": name, "overrides": " ".join(settings_of(words)), **figures, "error": reason}
 
@@ -54,5 +56,6 @@ def results_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         seconds = "–" if row["fit_seconds"] is None else f"{row['fit_seconds']:.1f}"
         figures = f"{percent(row['val/accuracy']):>10} {percent(row['test/accuracy']):>8} {seconds:>8}"
-        lines.append(f"{row['overrides']:<{width}}  {figures}{'  failed: ' + row['error'] if row['error'] else ''}")
+        note = {"": "", INTERRUPTED: f"  {INTERRUPTED}"}.get(row["error"], f"  failed: {row['error']}")
+        lines.append(f"{row['overrides']:<{width}}  {figures}{note}")
     return "\n".join(lines)

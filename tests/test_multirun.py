@@ -104,6 +104,7 @@ def test_an_interrupted_sweep_ends_with_every_job_as_it_is_alone(run, tmp_path, 
     ended = run(*command)
     sweep = tmp_path / "a sweep"
     assert ended.status == 143
+    assert re.search(r"seed=2 .*–  interrupted$", ended.out, flags=re.MULTILINE)
     assert re.search(rf"not begun: [^|]* seed=3; continue with: mnist-train -m 'multirun.resume={sweep}'\n", ended.err)
     first, second = sorted(path for path in sweep.iterdir() if re.match(r"\d_", path.name))
     before = files(first)

@@ -412,10 +412,10 @@ def test_a_study_on_postgresql_keeps_its_password_to_itself(run, tmp_path, serve
     said(ended, "storage=postgresql://sweeper:***@127.0.0.1", "cannot be used: ", "password authentication failed")
     assert not (tmp_path / "other").exists()
     host = server.url.rpartition("@")[2]
-    inquiring = f"storage=postgresql://sweeper@{host}?connect_timeout=9&password=p:w%40d/"
-    assert run(*words, f"'{inquiring}secret'").status == 0
+    inquiring = f"storage='postgresql://sweeper@{host}?connect_timeout=9&password=p:w%40d/"
+    assert run(*words, f"{inquiring}secret'").status == 0
     assert "?connect_timeout=9\n" in (tmp_path / "study" / "study.yaml").read_text()
-    said(run(*words, f"'{inquiring}wrong'"), "connect_timeout=9&password=*** cannot be used: ")
+    said(run(*words, f"{inquiring}wrong'"), "connect_timeout=9&password=*** cannot be used: ")
 
 
 def test_a_server_that_restarts_costs_no_trial(run, tmp_path, server):
