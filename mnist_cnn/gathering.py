@@ -48,7 +48,7 @@ def joined(port: int, rank: int, size: int) -> Group:
     """This process's place as a rank that rank 0 has started on this machine."""
     from torch.distributed import TCPStore
 
-    return Group(rank, size, TCPStore("127.0.0.1", port, None, False, timedelta(seconds=10)))
+    return Group(rank, size, TCPStore("127.0.0.1", port, None, False, timedelta(seconds=25)))
 
 
 def started(size: int) -> Group:

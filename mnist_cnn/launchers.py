@@ -107,7 +107,7 @@ def _tell(sweep: Sweep, folder: Path, what: str, ended: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # the handler runs in the main thread
 
 
-def _halt(sweep: Sweep, patience: float = 20) -> None:
+def _halt(sweep: Sweep, patience: float = 60) -> None:
     """Have the jobs of other processes save and end, and wait for it."""
     (sweep.folder / STOP).touch()
     until = time.monotonic() + patience

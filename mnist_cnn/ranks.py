@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 BEAT = 1.0  # seconds between the signs of life of a rank
 SILENT = 15  # beats after which a rank that gives none is lost
-GRACE = 8.0  # seconds in which a process ends by itself once a rank has failed; a hanging collective is never left
+GRACE = 8  # beats in which a process ends by itself once a rank has failed; a hanging collective is never left
 COMING = 600  # seconds within which every rank has come
 
 
@@ -84,7 +84,7 @@ class Group:
         self.over.set()
         if status == 0 or not self.children:
             self.store.set(f"job {self.job + 1}", json.dumps({"status": status}))
-            last = time.monotonic() + GRACE
+            last = time.monotonic() + BEAT * GRACE
             while self.store.add("gone", 0) < self.size - 1 and not self.broken and time.monotonic() < last:
                 time.sleep(0.02)
         for child in self.children:
@@ -143,7 +143,7 @@ class Group:
             while not self.over.wait(BEAT):
                 store.add(f"beat {self.rank}", 1)
                 if self.rank and self.elsewhere:
-                    faulthandler.dump_traceback_later(BEAT * SILENT, exit=True, file=self.elsewhere)
+                    faulthandler.dump_traceback_later(BEAT * (SILENT + GRACE), exit=True, file=self.elsewhere)
                 self._bury(store)
                 for rank in others:
                     beat = store.add(f"beat {rank}", 0)
@@ -153,7 +153,7 @@ class Group:
                         self.fail(f"rank {rank} has given no sign of life for {BEAT * SILENT:.0f} s", store)
                 if reason := self.failure(store):
                     break
-            if self.over.wait(GRACE):
+            if any(self.over.wait(BEAT) for _ in range(GRACE)):  # what stalls the machine stalls this as well
                 return
         except RuntimeError:  # the store has gone: with rank 0, or with torchrun's agent
             reason = "torchrun has gone"

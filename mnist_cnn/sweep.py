@@ -83,7 +83,7 @@ def search(settings: Sweep, overrides: list[str], sweep: str) -> None:
         if PARENT in os.environ:  # a local worker: the command that began it says what there is to say
             address = shown(settings.storage or "")
             shared = patiently(lambda: joined(settings, space, name), stop, address)
-            Worker(shared, space, settings, stop, lambda: None).run()
+            Worker(shared, space, settings, stop, lambda _: None).run()
         else:
             shared = joined(settings, space, name)
             with Progress(shared, settings.trials) as progress:

@@ -78,11 +78,11 @@ class Worker:
         space: what it searches.
         settings: of the command.
         stop: ends it, with the trial that it is in saved and given back.
-        look: called at each epoch's end and after each trial.
+        look: called at each epoch's end, and with True after each trial: there is something to tell.
     """
 
     def __init__(
-        self, shared: SharedStudy, space: Space, settings: Sweep, stop: Stop, look: Callable[[], None]
+        self, shared: SharedStudy, space: Space, settings: Sweep, stop: Stop, look: Callable[[bool], None]
     ) -> None:
         self.shared, self.space, self.settings, self.stop, self.look = shared, space, settings, stop, look
         self.parent = int(os.environ.get(PARENT, "0"))  # a local worker ends with the command that began it
@@ -105,7 +105,7 @@ class Worker:
                 return
             else:
                 self.stop.wait(SECONDS_BETWEEN_LOOKS)
-            self.look()
+            self.look(trial is not None)
 
     def _try_out(self) -> None:
         """The data are read, which the first trial then need not, and the device is there."""
@@ -207,6 +207,6 @@ class Worker:
             except StorageError:
                 package.warning("warning: the storage does not answer: nothing is pruned at this epoch")
             self._with_parent()
-            self.look()
+            self.look(False)
 
         return watch

@@ -1,13 +1,26 @@
 """What the tests share: the shipped configurations, real MNIST where it is, and commands run as a user does."""
 
+import fcntl
 import importlib
 import os
+import pickle
+import pty
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
+from contextlib import suppress
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+# Before torch is imported: each test at a time on one thread, whatever the machine's cores; small networks gain nothing
+# by more. What several threads change is tested where a test asks for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).parents[1]
 CONF = REPOSITORY / "conf"
@@ -20,6 +33,26 @@ ARCHITECTURES = {
     "conv32_64_64": 93_322,
     "mlp": 407_050,
 }
+PATIENCE = 300  # seconds, after which a process hangs: machines stall, and a test that passes never waits so long
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_once():
+    """Hydra parses its YAMLs and ours anew for each command: here each once, while its size and time stay."""
+    from omegaconf import OmegaConf
+
+    load, parsed = OmegaConf.load, {}
+
+    def loaded(file):
+        about = os.fstat(file.fileno())
+        key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        if key not in parsed:
+            parsed[key] = pickle.dumps(load(file))
+        return pickle.loads(parsed[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", loaded)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -41,22 +74,127 @@ class Ended(NamedTuple):
         return Path(self.out.strip().splitlines()[-1])
 
 
-@pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Run a command in this process as a user types it, in an empty folder; a process of its own takes seconds more."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+def typed(patch: pytest.MonkeyPatch, name: str, *words: str) -> int:
+    """Run a command in this process as a user types it; a process of its own takes seconds more."""
+    import torch
 
-    def command(name: str, *words: str) -> Ended:
-        module = importlib.import_module(f"mnist_cnn.{name.removeprefix('mnist-')}")
-        monkeypatch.setattr(sys, "argv", [name, *words])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        capsys.readouterr()
+    module = importlib.import_module(f"mnist_cnn.{name.removeprefix('mnist-')}")
+    patch.setattr(sys, "argv", [name, *words])
+    patch.delenv("HYDRA_FULL_ERROR", raising=False)
+    threads = torch.get_num_threads()
+    try:
         with pytest.raises(SystemExit) as ended:
             module.main()
-        return Ended(ended.value.code, *capsys.readouterr())
+    finally:
+        torch.set_num_threads(threads)
+    return ended.value.code
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(name: str, *words: str) -> Ended:
+        capsys.readouterr()
+        return Ended(typed(monkeypatch, name, *words), *capsys.readouterr())
 
     return command
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Send this process a signal in the n-th step of training, or at the n-th call of something else."""
+    import torch
+
+    def use(signum, number, owner=torch.Tensor, method="backward"):
+        work, calls = getattr(owner, method), []
+
+        def counted(*arguments, **options):
+            calls.append(method)
+            if len(calls) == number:
+                os.kill(os.getpid(), signum)
+            return work(*arguments, **options)
+
+        monkeypatch.setattr(owner, method, counted)
+
+    return use
+
+
+def equal(first: Path, second: Path) -> None:
+    """The same bits: weights, optimizer, schedule, random states, bookkeeping, metrics.csv and metrics.json."""
+    chaos = SourceFileLoader("chaos", str(REPOSITORY / "scripts" / "chaos")).load_module()
+    assert chaos.first_difference(chaos.result(first), chaos.result(second)) == ""
+
+
+# --- processes of their own ----------------------------------------------------------------------------------
+
+
+def processes(session: int) -> list[int]:
+    """Those that go on in a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def wait_until(condition) -> None:
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start Python in an empty folder and a session of its own, of which nothing outlives the test."""
+    begun: list[subprocess.Popen] = []
+
+    def process(*words: str, **options) -> subprocess.Popen:
+        changes = options.pop("env", {})
+        path = [str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+        env.pop("HYDRA_FULL_ERROR", None)  # which a command in this process has set
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        command = [sys.executable, *words]
+        begun.append(subprocess.Popen(command, cwd=tmp_path, env=env | changes, start_new_session=True, **options))
+        return begun[-1]
+
+    yield process
+    for each in begun:
+        while left := processes(each.pid):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        with each:  # closes its pipes
+            pass
+
+
+def outcome(process: subprocess.Popen) -> Ended:
+    """How a process has ended, once all that it has started has closed its output too."""
+    out, err = process.communicate(timeout=PATIENCE)
+    return Ended(process.returncode, out, err)
+
+
+def on_a_terminal(start, columns: int, *words: str) -> tuple[int, bytes]:
+    """The status of Python on a terminal so wide, and what it showed there."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = start(*words, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # the terminal's other side was closed
+        while True:
+            shown += os.read(ours, 65536)
+    os.close(ours)
+    return process.wait(PATIENCE), shown
+
+
+# --- what tests only read ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +214,11 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def swept(tmp_path_factory) -> Path:
-    """A finished study of two trials on scikit-learn's digits, from a process of its own."""
+    """A finished study of two trials on scikit-learn's digits."""
     folder = tmp_path_factory.mktemp("swept") / "study"
     words = ("sweep=learning_rate", "trials=2", "data=digits", "epochs=1", "architecture=conv10", f"folder={folder}")
-    subprocess.run([sys.executable, "-m", "mnist_cnn.sweep", *words], check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        assert typed(patch, "mnist-sweep", *words) == 0
     return folder
 
 

@@ -378,9 +378,11 @@ def examine(what, count, seed):
     @hypothesis.given(strategy)
     def each(example):
         nonlocal slowest
-        start = time.process_time()
-        check(example)
-        seconds = time.process_time() - start
+        for _ in range(3):  # a machine that stalls does not do so each time
+            start = time.process_time()
+            check(example)
+            if (seconds := time.process_time() - start) < SECONDS:
+                break
         slowest = max(slowest, seconds)
         assert seconds < SECONDS, f"{seconds:.1f} s"
 

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,6 +14,15 @@ def programs() -> Path | None:
     found = [Path(path).parent for path in [shutil.which("pg_ctl")] if path]
     found += sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     return next((folder for folder in found if (folder / "initdb").exists()), None)
+
+
+def free_port() -> int:
+    """One that nobody is given by chance while the server is down: below those that Linux deals out."""
+    for port in range(25_000 + os.getpid() % 5_000, 32_000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 class Server:
@@ -24,9 +34,7 @@ class Server:
         self.user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
         if self.user:
             shutil.chown(self.folder, "postgres", "postgres")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         (self.folder / "password").write_text("p:w@d/secret\n")
         self._do(
             "initdb", "--auth=scram-sha-256", "--username=sweeper", f"--pwfile={self.folder / 'password'}", "--no-sync"
@@ -36,10 +44,10 @@ class Server:
 
     def start(self) -> None:
         options = f"-h 127.0.0.1 -p {self.port} -k {self.folder} -c fsync=off"
-        self._do("pg_ctl", "start", "--wait", f"--log={self.folder / 'log'}", f"--options={options}")
+        self._do("pg_ctl", "start", "--wait", "--timeout=300", f"--log={self.folder / 'log'}", f"--options={options}")
 
     def stop(self, mode: str = "immediate") -> None:
-        self._do("pg_ctl", "stop", "--wait", f"--mode={mode}")
+        self._do("pg_ctl", "stop", "--wait", "--timeout=300", f"--mode={mode}")
 
     def close(self) -> None:
         self.stop()

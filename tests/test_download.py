@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import PATIENCE
 
 from mnist_cnn import datasets, download
 from mnist_cnn.schema import UserError
@@ -74,6 +75,7 @@ def mirror(monkeypatch):
         monkeypatch.setattr(dataset, "resources", [(name, md5(content)) for name, content in ARCHIVES.items()])
     monkeypatch.setitem(datasets.MD5, "MNIST", {name: md5(content) for name, content in FILES.items()})
     monkeypatch.setattr(download, "SECONDS_BETWEEN_ROUNDS", (0.01, 0.01))
+    monkeypatch.setattr(download, "SECONDS_TO_WAIT_FOR_A_MIRROR", PATIENCE)  # slow is not busy
 
     def use(*manners):
         monkeypatch.setenv("MNIST_CNN_MIRRORS", " ".join(f"http://127.0.0.1:{server.server_port}/{m}" for m in manners))
@@ -102,12 +104,14 @@ def test_eight_processes_on_an_empty_folder_leave_one_good_copy(mirror, tmp_path
     mirror(*manners)
     forked = multiprocessing.get_context("fork")  # torch is loaded already
     results = forked.Queue()
-    processes = [forked.Process(target=_load, args=(tmp_path / "deep" / "data", results)) for _ in range(8)]
+    processes = [
+        forked.Process(target=_load, args=(tmp_path / "deep" / "data", results), daemon=True) for _ in range(8)
+    ]
     for process in processes:
         process.start()
-    assert [results.get(timeout=60) for _ in processes] == [50] * 8
+    assert [results.get(timeout=PATIENCE) for _ in processes] == [50] * 8
     for process in processes:
-        process.join()
+        process.join(PATIENCE)
     assert left(tmp_path / "deep" / "data") == WHOLE
     served = [path for path in Mirror.asked if path.startswith(f"/{manners[-1]}/")]
     assert len(served) == (8 if "busy" in manners else 4)  # each file once, or once more after it was refused

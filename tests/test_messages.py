@@ -2,13 +2,11 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 import zipfile
 
 import pytest
 import torch
-from conftest import CONF
+from conftest import CONF, outcome
 
 TRAIN = ("mnist-train", "data=digits", "epochs=1", "plots=false", "architecture=conv10")
 
@@ -237,16 +235,16 @@ def test_a_run_whose_config_was_damaged_is_not_resumed(run, trained, tmp_path):
     said(run("mnist-train", "resume=run"), "run is not a run's folder")
 
 
-def test_the_disk_is_full(tmp_path):
+def test_the_disk_is_full(start):
     """RLIMIT_FSIZE stands for a full disk: a clear line and status 1, the work failed."""
     limits = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))"
     code = (
         f"{limits}; import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import mnist_cnn.train as t; t.main()"
     )
-    ended = subprocess.run([sys.executable, "-c", code, *TRAIN[1:]], capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 1
-    assert "Traceback" not in ended.stderr
-    assert "error: " in ended.stderr
+    ended = outcome(start("-c", code, *TRAIN[1:]))
+    assert ended.status == 1
+    assert "Traceback" not in ended.err
+    assert "error: " in ended.err
 
 
 def test_every_yaml_explains_itself():
@@ -254,12 +252,12 @@ def test_every_yaml_explains_itself():
         assert file.read_text().strip(), file
 
 
-def test_ctrl_c_while_the_command_line_is_read_ends_without_a_traceback():
+def test_ctrl_c_while_the_command_line_is_read_ends_without_a_traceback(start):
     code = (
         "import argparse, os, signal, sys; from mnist_cnn.train import main; sys.argv = ['mnist-train', 'epochs=1']\n"
         "argparse._re.sub = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "argparse.ArgumentParser.format_usage = lambda parser: argparse._re.sub('', '', '')\n"
         "main()"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+    ended = outcome(start("-c", code))
+    assert (ended.status, ended.err) == (-signal.SIGINT, "")

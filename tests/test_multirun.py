@@ -5,21 +5,21 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
-from conftest import Ended
+from conftest import equal, outcome, processes, wait_until
 from test_messages import said
-from test_resume import NETWORK, STEPS, equal, signalled  # noqa: F401
+from test_resume import NETWORK, STEPS
 
 from mnist_cnn import fit, jobs
 
+TRAIN = ("-m", "mnist_cnn.train", "-m", "hydra.sweep.dir=sweep")
+ONE_THREAD = "accelerator.threads=1"
+AT_ONCE = {"parallel": "hydra.launcher.n_jobs=2", "submitit": "hydra.sweeper.max_batch_size=2"}
+PACKAGES = {"parallel": "joblib", "submitit": "submitit"}
 SMALL = ("data=digits", "plots=false", "data.batch_size=64", "epochs=2", *NETWORK)
 
 
@@ -96,7 +96,7 @@ def test_fail_fast_ends_the_sweep_at_the_first_failing_job(run, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["the same command", "its folder alone"])
-def test_an_interrupted_sweep_ends_with_every_job_as_it_is_alone(run, tmp_path, signalled, way, monkeypatch):  # noqa: F811
+def test_an_interrupted_sweep_ends_with_every_job_as_it_is_alone(run, tmp_path, signalled, way, monkeypatch):
     for seed in (1, 2, 3):
         run("mnist-train", *SMALL, f"seed={seed}", f"hydra.run.dir=alone{seed}")
     command = ("mnist-train", "-m", *SMALL, "seed=1,2,3", "hydra.sweep.dir=a sweep")
@@ -198,14 +198,12 @@ def test_another_sweeper_plans_as_it_goes(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("launcher", ["parallel", "slurm"])
-def test_a_launcher_that_is_not_installed(tmp_path, launcher):
+def test_a_launcher_that_is_not_installed(start, tmp_path, launcher):
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins" / "__init__.py").touch()  # hides those that are
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    process = started(tmp_path, "seed=1,2", f"hydra/launcher={launcher}", PYTHONPATH=path)
-    extra = "joblib" if launcher == "parallel" else "submitit"
-    out, err = process.communicate(timeout=60)
-    said(Ended(process.returncode, out, err), f"pip install 'mnist-cnn[{extra}]'")
+    process = start(*TRAIN, "seed=1,2", f"hydra/launcher={launcher}", env={"PYTHONPATH": path})
+    said(outcome(process), f"pip install 'mnist-cnn[{'joblib' if launcher == 'parallel' else 'submitit'}]'")
     assert not (tmp_path / "sweep").exists()
 
 
@@ -218,65 +216,29 @@ def test_a_failing_job_of_another_command_fails_its_sweep(run, tmp_path, trained
 # --- jobs in processes of their own ------------------------------------------------------------------------
 
 
-def started(tmp_path, *words, **environment):
-    """A sweep as a process with a session of its own, of which nothing may be left when it has ended."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "mnist_cnn.train", "-m", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}"],
-        cwd=tmp_path,
-        env={name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def processes(session):
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
-def wait_until(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def two_gpus(tmp_path):
-    """PATH with an nvidia-smi that knows of two."""
+    """An environment with an nvidia-smi that knows of two."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho 0\necho 1\n")
     program.chmod(0o755)
-    return f"{program.parent}:{os.environ['PATH']}"
+    return {"PATH": f"{program.parent}:{os.environ['PATH']}", "LOKY_MAX_CPU_COUNT": "2"}
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    yield "accelerator.threads=1"
-    torch.set_num_threads(before)
+def gpus(folders):
+    return {re.search(r"on GPU (\d)", (folder / "train.log").read_text())[1] for folder in folders}
 
 
 @pytest.mark.parametrize("launcher", ["parallel", "submitit"])
-def test_jobs_at_once_are_the_jobs_alone(run, tmp_path, two_gpus, one_thread, launcher):
+def test_jobs_at_once_are_the_jobs_alone(run, start, tmp_path, two_gpus, launcher):
     """A failing one is reported once and at once; threads and GPUs are divided."""
-    pytest.importorskip("joblib" if launcher == "parallel" else "submitit")
-    words = (*SMALL, "initialize=null,nowhere", f"hydra/launcher={launcher}")
-    limit = "hydra.launcher.n_jobs=2" if launcher == "parallel" else "hydra.sweeper.max_batch_size=2"
-    process = started(tmp_path, *words, limit, PATH=two_gpus, LOKY_MAX_CPU_COUNT="2")
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 1, err
-    wait_until(lambda: not processes(process.pid), 30)  # joblib's tracker of resources ends a moment later
+    pytest.importorskip(PACKAGES[launcher])
+    words = (*SMALL, "initialize=null,nowhere", f"hydra/launcher={launcher}", AT_ONCE[launcher])
+    process = start(*TRAIN, *words, env=two_gpus)
+    status, out, err = outcome(process)
+    assert status == 1, err
+    wait_until(lambda: not processes(process.pid))  # joblib's tracker of resources ends a moment later
     lines = err.splitlines()
     assert re.fullmatch(r"error: job 1 \(.* initialize=nowhere\): checkpoint nowhere does not exist.*", lines[0]), err
     assert re.fullmatch(r"1 of 2 jobs failed; continue with: mnist-train -m multirun.resume=\S+", lines[1])
@@ -286,36 +248,38 @@ def test_jobs_at_once_are_the_jobs_alone(run, tmp_path, two_gpus, one_thread, la
     assert "epoch 1/2" not in out
     finished, failed = table(tmp_path / "sweep").items()
     assert (finished[1]["error"], failed[1]["error"][:18]) == ("", "checkpoint nowhere")
-    logs = [(tmp_path / "sweep" / name / "train.log").read_text() for name, _ in (finished, failed)]
-    assert {re.search(r"on GPU (\d)", log)[1] for log in logs} == {"0", "1"}
-    run("mnist-train", *SMALL, one_thread, "hydra.run.dir=alone")
+    # Where one ends before the other begins, both may have the same.
+    assert gpus(tmp_path / "sweep" / name for name, _ in (finished, failed)) <= {"0", "1"}
+    run("mnist-train", *SMALL, ONE_THREAD, "hydra.run.dir=alone")
     equal(tmp_path / "alone", tmp_path / "sweep" / finished[0])
 
 
 @pytest.mark.parametrize(("launcher", "signum"), [("parallel", signal.SIGINT), ("submitit", signal.SIGTERM)])
-def test_a_signal_ends_the_jobs_at_once_with_their_checkpoints(run, tmp_path, launcher, signum):
-    pytest.importorskip("joblib" if launcher == "parallel" else "submitit")
-    words = (*SMALL, "epochs=9999", "seed=1,2,3", f"hydra/launcher={launcher}")
-    limit = "hydra.launcher.n_jobs=2" if launcher == "parallel" else "hydra.sweeper.max_batch_size=2"
-    process = started(tmp_path, *words, limit)
+def test_a_signal_ends_the_jobs_at_once_with_their_checkpoints(run, start, tmp_path, two_gpus, launcher, signum):
+    pytest.importorskip(PACKAGES[launcher])
+    words = (*SMALL, "epochs=9999", "seed=1,2,3", f"hydra/launcher={launcher}", AT_ONCE[launcher])
+    process = start(*TRAIN, *words, env=two_gpus)
     sweep = tmp_path / "sweep"
     wait_until(lambda: process.poll() is not None or len(list(sweep.glob("*/checkpoints/last.ckpt"))) == 2)
     if signum == signal.SIGINT:
         os.killpg(process.pid, signum)  # as a terminal does
     else:
         process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, err
+    status, out, err = outcome(process)
+    assert status == 128 + signum, err
     assert "Traceback" not in err + out
     (line,) = err.splitlines()
     assert line.startswith("the sweep was stopped: 0 of 3 jobs are done; not begun: ")
     assert line.count("seed=3") == 1
     assert len(table(sweep)) == 2
-    for log in sweep.glob("*/train.log"):
-        assert f"stopped by SIGTERM; continue with: mnist-train resume={log.parent}" in log.read_text()
-    wait_until(lambda: not processes(process.pid), 30)
-    for config in sweep.glob("*/config.yaml"):  # each is resumed as it was begun
-        config.write_text(config.read_text().replace("epochs: 9999", "epochs: 10000"))
+    begun = [config.parent for config in sweep.glob("*/config.yaml")]
+    for folder in begun:
+        assert f"stopped by SIGTERM; continue with: mnist-train resume={folder}" in (folder / "train.log").read_text()
+    assert gpus(begun) == {"0", "1"}
+    wait_until(lambda: not processes(process.pid))
+    for folder in begun:  # each is resumed as it was begun
+        config = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(config.replace("epochs: 9999", "epochs: 10000"))
     said(run("mnist-train", f"multirun.resume={sweep}", "hydra/launcher=basic"), "has another epochs")
 
 
@@ -342,26 +306,20 @@ def slurm(tmp_path):
     return f"{tmp_path / 'bin'}:{os.environ['PATH']}"
 
 
-def test_a_job_that_slurm_queues_anew_goes_on_where_it_was(run, tmp_path, slurm, one_thread):
+def test_a_job_that_slurm_queues_anew_goes_on_where_it_was(run, start, tmp_path, slurm):
     """SIGUSR2 comes before a job's time is up; after SIGTERM, of a machine that is taken away, the rest is the same."""
     pytest.importorskip("submitit")
-    settings = (*SMALL, "epochs=20", one_thread)
+    settings = (*SMALL, ONE_THREAD, "optimizer._target_=disturbed.Adam")
     run("mnist-train", *settings, "hydra.run.dir=alone")
-    process = started(tmp_path, *settings, "hydra/launcher=slurm", "hydra.launcher.partition=gpu", PATH=slurm)
-    sweep = tmp_path / "sweep"
-    wait_until(lambda: process.poll() is not None or list(sweep.glob("*/checkpoints/last.ckpt")))
-    assert process.poll() is None, process.communicate()
-    (task,) = [
-        pid for pid in processes(process.pid) if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    os.kill(task, signal.SIGUSR2)
-    _, err = process.communicate(timeout=100)
-    assert (process.returncode, err) == (0, "")
+    environment = {"PATH": slurm, "DISTURB": f"{signal.SIGUSR2:d} 30 {tmp_path / 'signalled'}"}
+    process = start(*TRAIN, *settings, "hydra/launcher=slurm", "hydra.launcher.partition=gpu", env=environment)
+    status, _, err = outcome(process)
+    assert (status, err) == (0, "")
     script = (tmp_path / "script").read_text()
     for line in ("--requeue", "--partition=gpu", "--signal=USR2@120", "--time=240"):
         assert f"#SBATCH {line}\n" in script
-    (name,) = table(sweep)
-    log = (sweep / name / "train.log").read_text()
+    (name,) = table(tmp_path / "sweep")
+    log = (tmp_path / "sweep" / name / "train.log").read_text()
     assert log.count("stopped by SIGUSR2") == 1
     assert "begins again" not in log
-    equal(tmp_path / "alone", sweep / name)
+    equal(tmp_path / "alone", tmp_path / "sweep" / name)

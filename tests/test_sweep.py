@@ -1,21 +1,18 @@
 """mnist-sweep as a user runs it: studies that are searched, interrupted, shared, reported and trained again."""
 
 import csv
-import fcntl
 import json
+import multiprocessing
 import os
-import pty
+import random
 import re
 import signal
-import struct
-import subprocess
-import sys
-import termios
-import threading
+import sqlite3
 import time
 import types
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -23,18 +20,20 @@ import postgresql
 import pytest
 import torch
 import yaml
-from conftest import CONF
+from conftest import CONF, PATIENCE, equal, on_a_terminal, outcome, wait_until
 from optuna.trial import TrialState
 from PIL import Image
 from test_messages import said
-from test_resume import equal, failing, signalled  # noqa: F401
 from test_train import metrics, same, weights
 
 from mnist_cnn import crew, fit, storage
+from mnist_cnn.study import SharedStudy
 from mnist_cnn.study import tally as of_study
 from mnist_cnn.study_page import page
 from mnist_cnn.study_plots import Axis, pictures
+from mnist_cnn.trials import Worker
 
+COMMAND = ("-m", "mnist_cnn.sweep")
 QUICK = ("data=digits", "epochs=1", "architecture=conv10")
 SWEEP = ("mnist-sweep", "sweep=learning_rate", *QUICK, "folder=study")
 RANDOM = ("sampler._target_=optuna.samplers.RandomSampler", "+sampler.seed=1")
@@ -135,10 +134,11 @@ def test_a_trial_is_the_run_of_its_overrides_and_best_is_an_experiment(run, tmp_
 @pytest.mark.parametrize("sweep", sorted(file.stem for file in (CONF / "sweep").glob("*.yaml")))
 @pytest.mark.parametrize("architecture", ["conv10", "conv32_32_dropout"])
 def test_every_shipped_space_is_searched(run, sweep, architecture):
-    ended = run("mnist-sweep", f"sweep={sweep}", "data=digits", "epochs=1", f"architecture={architecture}", "trials=2")
+    words = (f"architecture={architecture}", "data=digits", "data.validation=1200", "epochs=1")
+    ended = run("mnist-sweep", f"sweep={sweep}", *words, "trials=2")
     assert ended.status == 0
     study = ended.folder()
-    assert study.name == f"{sweep}_architecture-{architecture}_data-digits_epochs-1"
+    assert study.name == f"{sweep}_architecture-{architecture}_data.validation-1200_data-digits_epochs-1"
     row = rows(study)[0]
     blocks = 2 if architecture == "conv32_32_dropout" else 1
     expected = {
@@ -275,19 +275,9 @@ def test_a_report_at_any_time_and_the_best_trained_again(run, tmp_path):
     assert before == files(tmp_path / "study" / "trials")
 
 
-def test_a_terminal_gets_a_line_that_is_refreshed(tmp_path):
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = [sys.executable, "-m", "mnist_cnn.sweep", *SWEEP[1:], "trials=2", "epochs=2"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(ours, 65536)
-            except OSError:  # the terminal's other side was closed
-                break
-    assert process.returncode == 0
+def test_a_terminal_gets_a_line_that_is_refreshed(start):
+    status, shown = on_a_terminal(start, 120, *COMMAND, *SWEEP[1:], "trials=2", "epochs=2")
+    assert status == 0
     assert re.search(rb"\r1 of 2 trials done \(0 pruned, 0 failed\), \d running; best [\d.]+% \(trial 0\)", shown)
     assert b"epoch 1/2" not in shown
 
@@ -296,19 +286,10 @@ def test_a_terminal_gets_a_line_that_is_refreshed(tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_gives_the_trial_back_and_the_same_command_resumes_it(run, tmp_path, request, signum):
+def test_a_signal_gives_the_trial_back_and_the_same_command_resumes_it(run, tmp_path, signalled, signum):
     settings = (*SWEEP, "trials=2", "epochs=2", "data.batch_size=64", *RANDOM)
-    with pytest.MonkeyPatch.context() as patch:
-        counted, backward = [], torch.Tensor.backward
-
-        def interrupted(*arguments):
-            counted.append(1)
-            if len(counted) == 30:
-                os.kill(os.getpid(), signum)
-            return backward(*arguments)
-
-        patch.setattr(torch.Tensor, "backward", interrupted)
-        ended = run(*settings)
+    signalled(signum, 30)
+    ended = run(*settings)
     assert ended.status == 128 + signum
     assert ended.err == (
         f"stopped by {signum.name}: 0 of 2 trials done (0 pruned, 0 failed), 0 running; the same command continues\n"
@@ -324,22 +305,20 @@ def test_a_signal_gives_the_trial_back_and_the_same_command_resumes_it(run, tmp_
     equal(alone, tmp_path / "study" / found[1]["folder"])
 
 
-def test_a_trial_whose_worker_is_silent_runs_again_up_to_a_limit(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "MISSED", 1)
-    words = (*SWEEP, "trials=1", "heartbeat=1", "retries=1")
+def test_a_trial_whose_worker_is_silent_runs_again_up_to_a_limit(run, tmp_path):
+    words = (*SWEEP, "trials=1", "retries=1")
     with pytest.MonkeyPatch.context() as patch:
 
         def die(*_):
             raise TimeoutError  # no failure that the worker foresees, as little as SIGKILL
-
-        from mnist_cnn.trials import Worker
 
         patch.setattr(Worker, "_run", die)
         for killed in (1, 2):
             assert run(*words).status == 1
             found = trials(tmp_path / "study")
             assert [trial.state for trial in found] == [TrialState.FAIL] * (killed - 1) + [TrialState.RUNNING]
-            time.sleep(2.1)
+            with sqlite3.connect(tmp_path / "study" / "study.db") as database:  # 61 seconds pass
+                database.execute("UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-61 seconds')")
     ended = run(*words)
     assert ended.status == 1
     assert "its worker was killed 2 times" in rows(tmp_path / "study")[1]["reason"]
@@ -350,8 +329,6 @@ def test_a_trial_whose_worker_is_silent_runs_again_up_to_a_limit(run, tmp_path, 
 
 def test_a_trial_that_was_given_to_another_worker_is_let_go(run, tmp_path):
     """A laptop that slept: others took its trial while it was away."""
-    from mnist_cnn.trials import Worker
-
     watch = Worker._watch
 
     def taken(self, trial):
@@ -365,36 +342,36 @@ def test_a_trial_that_was_given_to_another_worker_is_let_go(run, tmp_path):
     assert [row["state"] for row in rows(tmp_path / "study")] == ["again", "complete", "complete"]
 
 
-CLAIMING = """
-import random, sys, time, types
-from pathlib import Path
-import optuna
-from mnist_cnn.study import SharedStudy
-settings = types.SimpleNamespace(storage=sys.argv[1], retries=3, metric="val/accuracy", heartbeat=5,
-    sampler={"_target_": "optuna.samplers.RandomSampler"}, pruner={"_target_": "optuna.pruners.NopPruner"})
-shared = SharedStudy(settings, "shared", Path("."))
-space = types.SimpleNamespace(distributions={"x": optuna.distributions.FloatDistribution(0, 1)})
-while True:
-    trial, running = shared.claim(space, 40, sys.argv[2])
-    if trial is not None:
-        time.sleep(random.random() / 50)
-        shared.tell(trial, trial.params["x"], optuna.trial.TrialState.COMPLETE)
-        print(trial.number)
-    elif not running:
-        break
-"""
+def _claim_all(url, folder, worker, done):
+    """A worker whose trials take moments."""
+    parts = {"sampler": "optuna.samplers.RandomSampler", "pruner": "optuna.pruners.NopPruner"}
+    parts = {key: {"_target_": target} for key, target in parts.items()}
+    settings = SimpleNamespace(storage=url, retries=3, metric="val/accuracy", heartbeat=PATIENCE, **parts)
+    shared = SharedStudy(settings, "shared", folder)
+    space = SimpleNamespace(distributions={"x": optuna.distributions.FloatDistribution(0, 1)})
+    while True:
+        trial, running = shared.claim(space, 40, worker)
+        if trial is not None:
+            time.sleep(random.random() / 50)
+            shared.tell(trial, trial.params["x"], TrialState.COMPLETE)
+            done.put(trial.number)
+        elif not running:
+            break
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_eight_processes_that_start_together_stop_at_the_studys_total(tmp_path, kind, request):
     url = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else request.getfixturevalue("server").url
-    workers = [
-        subprocess.Popen([sys.executable, "-c", CLAIMING, url, str(n)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        for n in range(8)
-    ]
-    done = [int(number) for worker in workers for number in worker.communicate(timeout=60)[0].split()]
-    assert [worker.returncode for worker in workers] == [0] * 8
-    assert sorted(done) == list(range(40))
+    forked = multiprocessing.get_context("fork")  # Optuna is loaded already
+    done = forked.SimpleQueue()
+    workers = [forked.Process(target=_claim_all, args=(url, tmp_path, str(n), done), daemon=True) for n in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(PATIENCE)
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    assert sorted(done.get() for _ in range(40)) == list(range(40))
+    assert done.empty()
 
 
 def test_a_study_on_postgresql_keeps_its_password_to_itself(run, tmp_path, server):
@@ -418,22 +395,27 @@ def test_a_study_on_postgresql_keeps_its_password_to_itself(run, tmp_path, serve
     said(run(*words, f"{inquiring}wrong'"), "connect_timeout=9&password=*** cannot be used: ")
 
 
-def test_a_server_that_restarts_costs_no_trial(run, tmp_path, server):
-    from mnist_cnn.trials import Worker
+def test_a_server_that_restarts_costs_no_trial(run, tmp_path, server, monkeypatch):
+    """It goes before an epoch's end is reported, and is there again once a trial's end could not be told."""
+    watch, tell, untold = Worker._watch, SharedStudy.tell, []
 
-    watch, restarted = Worker._watch, []
-
-    def restarting(self, trial):
-        if not restarted:
+    def stopping(self, trial):
+        if not untold:
             server.stop()
-            restarted.append(threading.Timer(1.5, server.start))
-            restarted[0].start()
         return watch(self, trial)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Worker, "_watch", restarting)
-        ended = run(*SWEEP, "trials=2", f"storage={server.url}", "study=restarted")
-    assert (ended.status, ended.err) == (0, "")
+    def telling(self, *arguments, **about):
+        try:
+            tell(self, *arguments, **about)
+        except Exception as error:
+            untold.append(error)
+            server.start()
+            raise
+
+    monkeypatch.setattr(Worker, "_watch", stopping)
+    monkeypatch.setattr(SharedStudy, "tell", telling)
+    ended = run(*SWEEP, "trials=2", f"storage={server.url}", "study=restarted")
+    assert (ended.status, ended.err, len(untold)) == (0, "", 1)
     assert [row["state"] for row in rows(tmp_path / "study")] == ["complete", "complete"]
     assert "the storage does not answer" in (tmp_path / "study" / "trials" / "0000" / "train.log").read_text()
 
@@ -481,38 +463,30 @@ def test_workers_have_their_share_of_threads_and_one_gpu_each(run, monkeypatch):
     assert all(command[-1] == "workers=1" for command, _ in begun)
 
 
-def test_local_workers_share_the_threads_and_one_that_is_killed_starts_anew(tmp_path, server):
-    words = [*SWEEP[1:], "trials=5", "workers=2", "epochs=4", f"storage={server.url}", "study=crew", "heartbeat=1"]
-    command = [sys.executable, "-m", "mnist_cnn.sweep", *words]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
-        while not list((tmp_path / "study").glob("trials/*/metrics.csv")):
-            assert parent.poll() is None
-            time.sleep(0.05)
-        workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-        os.kill(int(workers[0]), signal.SIGKILL)
-        out, err = parent.communicate(timeout=120)
-    assert parent.returncode == 0
+def test_local_workers_share_the_threads_and_one_that_is_killed_starts_anew(start, tmp_path, server):
+    words = (*SWEEP[1:], "trials=5", "workers=2", "epochs=2", f"storage={server.url}", "study=crew")
+    disturb = {"DISTURB": f"{signal.SIGKILL:d} 100 {tmp_path / 'killed'}"}
+    status, out, err = outcome(start(*COMMAND, *words, "optimizer._target_=disturbed.Adam", env=disturb))
+    assert status == 0, err
     assert re.fullmatch(r"worker \d was ended by SIGKILL: it starts anew\n", err)
     assert len(re.findall(r"^\d/5  trial", out, flags=re.MULTILINE)) == 5
     states = [row["state"] for row in rows(tmp_path / "study")]
     assert states.count("complete") + states.count("pruned") == 5
-    assert set(states) <= {"complete", "pruned", "again"}
-    config = yaml.safe_load((tmp_path / "study" / "trials" / "0000" / "config.yaml").read_text())
-    assert config["accelerator"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert states.count("again") == len(states) - 5 == 1
     folders = [row["folder"] for row in rows(tmp_path / "study") if row["state"] != "again"]
     assert len(set(folders)) == 5
+    config = yaml.safe_load((tmp_path / "study" / folders[0] / "config.yaml").read_text())
+    assert config["accelerator"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def test_a_signal_ends_the_workers_as_well(tmp_path):
-    command = [sys.executable, "-m", "mnist_cnn.sweep", *SWEEP[1:], "trials=50", "workers=2", "epochs=400"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
-        while len(list((tmp_path / "study").glob("trials/*/metrics.csv"))) < 2:
-            assert parent.poll() is None
-            time.sleep(0.05)
-        workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-        parent.send_signal(signal.SIGTERM)
-        _, err = parent.communicate(timeout=60)
-    assert parent.returncode == 143
+def test_a_signal_ends_the_workers_as_well(start, tmp_path):
+    parent = start(*COMMAND, *SWEEP[1:], "trials=50", "workers=2", "epochs=9999")
+    both = lambda: len(list((tmp_path / "study").glob("trials/*/metrics.csv"))) == 2  # noqa: E731
+    wait_until(lambda: parent.poll() is not None or both())
+    workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    parent.send_signal(signal.SIGTERM)
+    status, _, err = outcome(parent)
+    assert status == 143
     assert err == (
         "stopped by SIGTERM: 0 of 50 trials done (0 pruned, 0 failed), 0 running; the same command continues\n"
     )
