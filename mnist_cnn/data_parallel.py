@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -23,7 +23,6 @@ from lightning_fabric.plugins.environments import (
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
 
 from mnist_cnn.classifier import Batch, DigitClassifier, _batches
 from mnist_cnn.inference import Classifier, load_classifier
@@ -129,8 +128,7 @@ class SharedClassifier(DigitClassifier):
             optimizer.zero_grad()
             loss, correct = torch.zeros((2, 1), device=self.device)
             if len(labels):
-                logits = self.network(images)
-                loss = F.cross_entropy(logits, labels)
+                loss, logits = self.loss_of(images, labels)
                 backward(loss)
                 correct = (logits.detach().argmax(1) == labels).sum()
             totals.append(self._together(loss.detach(), correct, len(labels)))
@@ -229,7 +227,9 @@ class SharedClassifier(DigitClassifier):
         super().on_test_epoch_end()
 
 
-def shared_logits(checkpoint: Path, images: Tensor, device: str, group: Group) -> tuple[Classifier, Tensor]:
+def shared_logits(
+    checkpoint: Path, images: Tensor, device: str, views: Literal[1, 5, 9], group: Group
+) -> tuple[Classifier, Tensor]:
     """A checkpoint that rank 0 can read as a `Classifier`, and its logits of images uint8 (N, 1, 28, 28).
 
     Each rank does its share of the images, and each has the logits float32 (N, classes) of all.
@@ -239,7 +239,7 @@ def shared_logits(checkpoint: Path, images: Tensor, device: str, group: Group) -
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, checkpoint.name)
         copy.write_bytes(content[0])
-        classifier = load_classifier(copy, device)
+        classifier = load_classifier(copy, device, views)
     first, last = (len(images) * rank // group.size for rank in (group.rank, group.rank + 1))
     logits = torch.zeros(len(images), len(classifier.classes), device=device)
     logits[first:last] = classifier.logits(images[first:last]).to(device)
