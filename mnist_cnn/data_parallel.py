@@ -147,6 +147,8 @@ class SharedClassifier(DigitClassifier):
     def _together(self, loss: Tensor, correct: Tensor, count: int) -> Tensor:
         """Make the gradients of this rank's mean loss those of the whole batch's, whatever each rank's share.
 
+        Batch norm's statistics become the mean of the ranks'.
+
         Returns float32 (6,), the same on all ranks: the batch's sum of losses, its correct digits, its digits, and how
         many ranks wish to stop for SIGINT, to stop for SIGTERM, and to write a checkpoint.
         """
@@ -155,15 +157,21 @@ class SharedClassifier(DigitClassifier):
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
         gradients: list[Any] = [weight.grad for weight in weights]
-        sizes = [gradient.numel() for gradient in gradients]
+        norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
+        running: list[Any] = [part for norm in norms for part in (norm.running_mean, norm.running_var)]
+        sizes = [part.numel() for part in (*gradients, *running)]
         figures = torch.stack([loss.view(()) * count, correct.view(()).to(loss.dtype)])
         others = torch.tensor([count, *self._wishes()], device=self.device)
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), figures, others])
-        flat[: sum(sizes)].mul_(count)
+        flat = torch.cat([*(part.flatten() for part in (*gradients, *running)), figures, others])
+        slopes = flat[: sum(sizes[: len(gradients)])]
+        slopes.mul_(count)
         dist.all_reduce(flat)
         *means, totals = flat.split([*sizes, 6])
-        flat[: sum(sizes)].div_(totals[2])
-        torch._foreach_copy_(gradients, [mean.view(like.shape) for mean, like in zip(means, gradients, strict=True)])
+        slopes.div_(totals[2])
+        means = [mean.view(like.shape) for mean, like in zip(means, (*gradients, *running), strict=True)]
+        torch._foreach_copy_(gradients, means[: len(gradients)])
+        for part, total in zip(running, means[len(gradients) :], strict=True):
+            part.copy_(total / self.trainer.world_size)
         return totals.clone()
 
     def _take(self, totals: list[Tensor], rates: list[float]) -> None:
@@ -175,11 +183,6 @@ class SharedClassifier(DigitClassifier):
         self.correct += sums[:, 1].sum().long()
         self.seen += int(sums[:, 2].sum())
         self._agree(sums[:, 3:].sum(0))
-        for norm in (module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)):
-            for running in (norm.running_mean, norm.running_var):
-                assert running is not None
-                dist.all_reduce(running)
-                running /= self.trainer.world_size
         if self.device.type == "cpu" and not self.loss_sum.isfinite():
             self._refuse(list(sums[:, 0]), rates)
 

@@ -9,6 +9,8 @@ from scipy.stats import t
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "scripts" / "records.json"
 NAMES = ("speed_99", "speed_99_5", "speed_99_7", "record_single", "record_ensemble")
+# Test digits, counted from 0, of which raters dispute the label.
+DISPUTED = [947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729]
 CURVES, MISSED = ROOT / "scripts" / "records_curves.png", ROOT / "scripts" / "records_missed.png"
 
 
@@ -153,10 +155,12 @@ def tables(records):
     parts = ["\n".join(accuracy_table(records)), "\n".join(calibration_table(records))]
     if any("ablation" in part for part in records.values()):
         parts.append("\n".join(ablation_table(records)))
+    pictures = {CURVES: "Validation accuracy by epoch", MISSED: "The test digits that the record misses most often"}
+    parts += [f"![{text}]({path.relative_to(ROOT)})" for path, text in pictures.items() if path.exists()]
     return "\n\n".join([*parts, notes])
 
 
-def draw(disputed):
+def draw():
     """The validation curves of all recipes, and the test digits that the best of them misses most often."""
     import os
 
@@ -185,7 +189,7 @@ def draw(disputed):
     often = sorted(counts, key=lambda index: (-counts[index], index))[:30]
     test = load("mnist", os.environ.get("MNIST_CNN_DATA", "data"))[1]
     labels = [
-        f"{index}{' *' if index in disputed else ''}\n{int(test.labels[index])}, {counts[index]} of {len(runs)}"
+        f"{index}{' *' if index in DISPUTED else ''}\n{int(test.labels[index])}, {counts[index]} of {len(runs)}"
         for index in often
     ]
     title = f"Test digits that {name} misses: index (* disputed), label, how many of its runs"

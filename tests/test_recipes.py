@@ -58,7 +58,9 @@ def test_a_quarter_turn_and_twice_the_size(digits):
     turned = warped(digits, amounts(20, rotation=math.pi / 2))
     assert torch.allclose(turned, torch.rot90(digits.float(), 1, (2, 3)), atol=2e-2)
     large = warped(digits, amounts(20, scale=1.0))
-    assert large[:, :, 10:18, 10:18].mean().item() == pytest.approx(digits[:, :, 12:16, 12:16].float().mean().item(), rel=0.1)
+    assert large[:, :, 10:18, 10:18].mean().item() == pytest.approx(
+        digits[:, :, 12:16, 12:16].float().mean().item(), rel=0.1
+    )
 
 
 def test_shear_and_shift_follow_a_turn(digits):
@@ -74,7 +76,9 @@ def test_the_grid_is_torchs_own(digits):
     """A map drawn by hand, and by F.affine_grid."""
     maps = torch.eye(2, 3).repeat(20, 1, 1)
     maps[:, :, 2] = torch.tensor([-4 / 28, 2 / 28])  # from two pixels to the left, and one below
-    expected = F.grid_sample(digits.float(), F.affine_grid(maps, [20, 1, 28, 28], align_corners=False), align_corners=False)
+    expected = F.grid_sample(
+        digits.float(), F.affine_grid(maps, [20, 1, 28, 28], align_corners=False), align_corners=False
+    )
     assert torch.allclose(warped(digits, amounts(20, right=2, down=-1)), expected, atol=1e-3)
 
 

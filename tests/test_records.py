@@ -69,6 +69,12 @@ def test_what_is_there_is_kept_and_what_was_cut_short_begins_again(records, caps
     assert "seed_1.json" not in capsys.readouterr().out
 
 
+def test_runs_of_another_recipe_are_not_mixed_with_them(records, capsys):
+    assert records.main(["speed_99", "seeds=4", *WORDS]) == 2
+    assert "has runs of another recipe: move it away" in capsys.readouterr().err
+    assert sorted(figures(records, "speed_99")) == [1, 2, 3]
+
+
 def test_an_ensemble_is_the_mean_of_its_networks_with_seeds_of_their_own(records):
     assert records.main(["record_ensemble", "seeds=2", *WORDS, "views=1", "architecture.blocks=[]"]) == 0
     runs = figures(records, "record_ensemble")
