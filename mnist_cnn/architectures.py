@@ -123,7 +123,8 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _block(channels: int, block: Block) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(channels, block.filters, block.kernel, block.stride, block.padding)]
+    convolution = nn.Conv2d(channels, block.filters, block.kernel, block.stride, block.padding, bias=block.bias)
+    layers: list[nn.Module] = [convolution]
     if block.batch_norm:
         layers.append(nn.BatchNorm2d(block.filters))
     # Pooling before relu is the same function, as both keep the order of numbers, and relu then has less to do.

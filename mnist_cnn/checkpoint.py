@@ -19,7 +19,7 @@ from mnist_cnn.runs import write_whole
 from mnist_cnn.schema import Strict, UserError, validated
 from mnist_cnn.specification import Architecture
 
-FORMAT = 2  # 2 brought the temperature; 1 is read as well
+FORMAT = 3  # 2 brought the temperature, 3 convolutions without bias; both before are read as well
 MAXIMUM_CHECKED = 2**28  # bytes of a checkpoint whose checksums are compared; more would take seconds
 MAXIMUM_DESCRIPTION = 16 * 2**20  # bytes of what is not weights
 

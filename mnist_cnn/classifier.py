@@ -41,6 +41,8 @@ class DigitClassifier(pl.LightningModule):
         seed: with the epoch it fixes dropout.
         description: plain values that a checkpoint carries beside the weights.
         report: is given the rows of all epochs so far at each epoch's end.
+        augment: warps the digits of each training batch.
+        label_smoothing: the share of each label that training's loss spreads over all classes.
     """
 
     loss_sum: Tensor
@@ -57,14 +59,18 @@ class DigitClassifier(pl.LightningModule):
         seed: int = 1,
         description: dict[str, Any] | None = None,
         report: Callable[[list[Row]], None] | None = None,
+        augment: Callable[[Tensor], Tensor] | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.network = network
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.interval, self.length = interval, length
         self.seed, self.description, self.report = seed, description or {}, report
+        self.augment, self.label_smoothing = augment, label_smoothing
         self.history: list[Row] = []
         self.automatic_optimization = False
+        self.begun = self.ended = 0.0  # when this process took its first batch, and had done its last step so far
         self.position = 0  # optimizer steps done in this epoch
         self.stopping = 0  # the signal after which a stretch ends with the step that it is in
         self.continued: dict[str, Any] | None = None  # what `so_far` gave in the middle of the epoch that comes first
@@ -92,8 +98,7 @@ class DigitClassifier(pl.LightningModule):
         rates: list[float] = []
         for images, labels in _batches(stretch):
             rates.append(optimizer.param_groups[0]["lr"])
-            logits = self.network(images)
-            loss = F.cross_entropy(logits, labels)
+            loss, logits = self.loss_of(images, labels)
             optimizer.zero_grad()
             backward(loss)
             optimizer.step()
@@ -110,6 +115,13 @@ class DigitClassifier(pl.LightningModule):
         self._count(results)
         if self.device.type == "cpu" and not math.isfinite(self.loss_sum.item()):  # elsewhere this would wait
             self._refuse([loss for loss, _, _ in results], rates)
+
+    def loss_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Training's loss, of the digits as they are warped and the labels as they are smoothed, and the logits."""
+        if self.augment is not None:
+            images = self.augment(images)
+        logits = self.network(images)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), logits
 
     def _refuse(self, losses: list[Tensor], rates: list[float]) -> None:
         """End the run at the first of a stretch's losses that is not finite."""
@@ -165,6 +177,12 @@ class DigitClassifier(pl.LightningModule):
         """Mean loss and accuracy over the digits seen since the part began."""
         return self.loss_sum.item() / max(self.seen, 1), self.correct.item() / max(self.seen, 1)
 
+    def _end_of_steps(self) -> None:
+        """Note when an epoch's last step was done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.ended = time.perf_counter()
+
     def _figures(self, part: str) -> Row:
         loss, accuracy = self.running()
         return {f"{part}/loss": loss, f"{part}/accuracy": accuracy}
@@ -176,6 +194,7 @@ class DigitClassifier(pl.LightningModule):
             self.network.blocks.eval()  # frozen: neither dropout nor batch norm's statistics move
         self._validated: Row = {}
         self._reset()
+        self.begun = self.begun or time.perf_counter()
         so_far, self.continued = self.continued, None
         if so_far is None:
             self.position, self.started = 0, time.perf_counter()
@@ -200,6 +219,7 @@ class DigitClassifier(pl.LightningModule):
         return state
 
     def on_validation_epoch_start(self) -> None:
+        self._end_of_steps()
         self._trained = self._sums()
         self._reset()
 
@@ -209,6 +229,8 @@ class DigitClassifier(pl.LightningModule):
         self.loss_sum, self.correct, self.seen = self._trained
 
     def on_train_epoch_end(self) -> None:
+        if not self._validated:
+            self._end_of_steps()
         self.require_finite()
         trained = self._figures("train")
         self.log_dict({**trained, "step": float(self.global_step)})

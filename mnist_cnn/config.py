@@ -65,6 +65,18 @@ class Data(Strict):
     normalization: Literal["unit", "standard"]
 
 
+class Augmentation(Strict):
+    """What training digits are warped by, at most; nothing where all are 0."""
+
+    rotation: float = Field(default=0.0, ge=0, le=180)
+    shift: float = Field(default=0.0, ge=0, le=14)
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    shear: float = Field(default=0.0, ge=0, lt=90)
+
+    def warps(self) -> bool:
+        return any(self.model_dump().values())
+
+
 class Accelerator(Strict):
     name: Literal["cpu", "cuda", "auto"]
     precision: Literal["32-true"] = "32-true"  # of a trained network
@@ -77,6 +89,9 @@ class TrainingAccelerator(Accelerator):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # type: ignore[assignment]
     devices: int = Field(default=1, ge=1, le=1024)  # type: ignore[assignment]
     num_nodes: int = Field(default=1, ge=1, le=1024)  # type: ignore[assignment]
+
+
+Views = Literal[1, 5, 9]  # of a digit that is scored
 
 
 class Checkpointing(Strict):
@@ -110,7 +125,12 @@ class Train(Strict):
     resume: NonEmpty | None
     initialize: NonEmpty | None
     freeze: Literal["blocks"] | None
-    test: bool = True  # runs from before it have no such key
+    # Runs from before them have no such keys.
+    augmentation: Augmentation = Augmentation()
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    averaging: float = Field(default=0.0, ge=0, lt=1)
+    views: Views = 1
+    test: bool = True
     plots: bool
     fail_fast: bool = False
     multirun: Multirun = Multirun()
@@ -159,6 +179,7 @@ class Evaluate(Strict):
     data: Source
     accelerator: Accelerator
     probabilities: list[Annotated[int, Field(ge=0)]]
+    views: Views
     plots: bool
 
     @model_validator(mode="after")
@@ -188,6 +209,7 @@ class Predict(Strict):
     input: Literal["paths", "bytes"]
     mode: Literal["any", "exact"]
     output: Annotated[str | None, _ending("output", ".csv", ".json", ".jsonl", ".parquet")]
+    views: Views
     top_k: int = Field(ge=0, le=10)
     grid: Annotated[str | None, _ending("grid", ".png")]
     skip_errors: bool

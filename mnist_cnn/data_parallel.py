@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -23,7 +23,6 @@ from lightning_fabric.plugins.environments import (
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
 
 from mnist_cnn.classifier import Batch, DigitClassifier, _batches
 from mnist_cnn.inference import Classifier, load_classifier
@@ -129,8 +128,7 @@ class SharedClassifier(DigitClassifier):
             optimizer.zero_grad()
             loss, correct = torch.zeros((2, 1), device=self.device)
             if len(labels):
-                logits = self.network(images)
-                loss = F.cross_entropy(logits, labels)
+                loss, logits = self.loss_of(images, labels)
                 backward(loss)
                 correct = (logits.detach().argmax(1) == labels).sum()
             totals.append(self._together(loss.detach(), correct, len(labels)))
@@ -149,6 +147,8 @@ class SharedClassifier(DigitClassifier):
     def _together(self, loss: Tensor, correct: Tensor, count: int) -> Tensor:
         """Make the gradients of this rank's mean loss those of the whole batch's, whatever each rank's share.
 
+        Batch norm's statistics become the mean of the ranks'.
+
         Returns float32 (6,), the same on all ranks: the batch's sum of losses, its correct digits, its digits, and how
         many ranks wish to stop for SIGINT, to stop for SIGTERM, and to write a checkpoint.
         """
@@ -157,15 +157,21 @@ class SharedClassifier(DigitClassifier):
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
         gradients: list[Any] = [weight.grad for weight in weights]
-        sizes = [gradient.numel() for gradient in gradients]
+        norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
+        running: list[Any] = [part for norm in norms for part in (norm.running_mean, norm.running_var)]
+        sizes = [part.numel() for part in (*gradients, *running)]
         figures = torch.stack([loss.view(()) * count, correct.view(()).to(loss.dtype)])
         others = torch.tensor([count, *self._wishes()], device=self.device)
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), figures, others])
-        flat[: sum(sizes)].mul_(count)
+        flat = torch.cat([*(part.flatten() for part in (*gradients, *running)), figures, others])
+        slopes = flat[: sum(sizes[: len(gradients)])]
+        slopes.mul_(count)
         dist.all_reduce(flat)
         *means, totals = flat.split([*sizes, 6])
-        flat[: sum(sizes)].div_(totals[2])
-        torch._foreach_copy_(gradients, [mean.view(like.shape) for mean, like in zip(means, gradients, strict=True)])
+        slopes.div_(totals[2])
+        means = [mean.view(like.shape) for mean, like in zip(means, (*gradients, *running), strict=True)]
+        torch._foreach_copy_(gradients, means[: len(gradients)])
+        for part, total in zip(running, means[len(gradients) :], strict=True):
+            part.copy_(total / self.trainer.world_size)
         return totals.clone()
 
     def _take(self, totals: list[Tensor], rates: list[float]) -> None:
@@ -177,11 +183,6 @@ class SharedClassifier(DigitClassifier):
         self.correct += sums[:, 1].sum().long()
         self.seen += int(sums[:, 2].sum())
         self._agree(sums[:, 3:].sum(0))
-        for norm in (module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)):
-            for running in (norm.running_mean, norm.running_var):
-                assert running is not None
-                dist.all_reduce(running)
-                running /= self.trainer.world_size
         if self.device.type == "cpu" and not self.loss_sum.isfinite():
             self._refuse(list(sums[:, 0]), rates)
 
@@ -229,7 +230,9 @@ class SharedClassifier(DigitClassifier):
         super().on_test_epoch_end()
 
 
-def shared_logits(checkpoint: Path, images: Tensor, device: str, group: Group) -> tuple[Classifier, Tensor]:
+def shared_logits(
+    checkpoint: Path, images: Tensor, device: str, views: Literal[1, 5, 9], group: Group
+) -> tuple[Classifier, Tensor]:
     """A checkpoint that rank 0 can read as a `Classifier`, and its logits of images uint8 (N, 1, 28, 28).
 
     Each rank does its share of the images, and each has the logits float32 (N, classes) of all.
@@ -239,7 +242,7 @@ def shared_logits(checkpoint: Path, images: Tensor, device: str, group: Group) -
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, checkpoint.name)
         copy.write_bytes(content[0])
-        classifier = load_classifier(copy, device)
+        classifier = load_classifier(copy, device, views)
     first, last = (len(images) * rank // group.size for rank in (group.rank, group.rank + 1))
     logits = torch.zeros(len(images), len(classifier.classes), device=device)
     logits[first:last] = classifier.logits(images[first:last]).to(device)

@@ -48,13 +48,17 @@ class Batches:
             indices = torch.arange(len(labels), device=labels.device)
         if indices is not None and not len(indices):
             yield ()  # a run was stopped after an epoch's last step: Lightning validates after a batch only
+            return
         count = max(self.stretch, 1) * self.size
         sizes: int | list[int] = self.size
-        for start in range(0, len(labels) if indices is None else len(indices), count):
+        total = len(labels) if indices is None else len(indices)
+        done = (len(labels) - total) % count  # of the stretch in which an epoch goes on: it ends where it would have
+        for start in range(-done, total, count):
+            within = slice(max(start, 0), start + count)
             if indices is None:
-                part = Digits(images[start : start + count], labels[start : start + count])
+                part = Digits(images[within], labels[within])
             else:
-                chosen, sizes = self._share(indices[start : start + count])
+                chosen, sizes = self._share(indices[within])
                 part = Digits(images.index_select(0, chosen), labels.index_select(0, chosen))
             batches = tuple(zip(*(tensor.split(sizes) for tensor in part), strict=True))
             yield batches if self.stretch else batches[0]
@@ -175,6 +179,10 @@ class MNISTDataModule(pl.LightningDataModule):
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train.labels) / self.batch_size)
 
+    @property
+    def steps_per_stretch(self) -> int:
+        return math.ceil(STRETCH / self.batch_size) if self.stretches else 0
+
     def train_dataloader(self) -> Batches:
         """Shuffled by (seed, epoch) alone, so that a resumed run sees the same order."""
 
@@ -185,8 +193,7 @@ class MNISTDataModule(pl.LightningDataModule):
             indices = torch.randperm(len(self.train.labels), generator=generator)
             return indices[position * self.batch_size :] if epoch == first else indices
 
-        stretch = math.ceil(STRETCH / self.batch_size) if self.stretches else 0
-        return Batches(self._on_device(self.train), self.batch_size, order, stretch, *self._place())
+        return Batches(self._on_device(self.train), self.batch_size, order, self.steps_per_stretch, *self._place())
 
     def val_dataloader(self) -> Batches | list[Any]:
         return self._evaluation(self.validation) if len(self.validation.labels) else []

@@ -38,10 +38,10 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
     import torch
 
     from mnist_cnn.datamodule import MNISTDataModule
-    from mnist_cnn.inference import load_classifier
+    from mnist_cnn.inference import load_classifier, together
     from mnist_cnn.metrics import per_class_table, score
 
-    classifier = load_classifier(config.checkpoint, config.accelerator.name)
+    classifier = load_classifier(config.checkpoint, config.accelerator.name, config.views)
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
     trained_on = classifier.description.data
@@ -57,10 +57,11 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
     if outside := [index for index in config.probabilities if index >= len(digits.labels)]:
         raise UserError(f"probabilities={outside}: {config.split} has digits 0 to {len(digits.labels) - 1}")
 
-    logits = classifier.logits(digits.images)
+    each = classifier.each(digits.images)
+    logits = together(each)
     scores = score(logits, digits.labels)
     if config.calibrate:
-        calibrate(config.checkpoint[0], logits, digits.labels, scores.calibration_error)
+        calibrate(config.checkpoint[0], each, digits.labels, scores.calibration_error)
     probabilities = torch.softmax(logits.double(), dim=1)
     predicted = logits.argmax(1)
     wrong = (predicted != digits.labels).nonzero().flatten().tolist()
@@ -100,11 +101,12 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
 
 
 def calibrate(checkpoint: str, logits: Tensor, labels: Tensor, before: float) -> Path:
-    """Fit one temperature to the logits, and write the checkpoint with it beside the old one, as NAME_calibrated.ckpt.
+    """Fit one temperature to the logits (views, N, classes), and write NAME_calibrated.ckpt with it beside the old one.
 
     Guo et al., On Calibration of Modern Neural Networks, 2017: the accuracy stays as it is.
     """
     from mnist_cnn.checkpoint import find_checkpoint, read_checkpoint, save_weights
+    from mnist_cnn.inference import together
     from mnist_cnn.metrics import score, temperature_of
 
     path = find_checkpoint(checkpoint)
@@ -113,7 +115,7 @@ def calibrate(checkpoint: str, logits: Tensor, labels: Tensor, before: float) ->
     new = path.with_name(f"{path.stem}_calibrated.ckpt")
     described = description.model_copy(update={"temperature": description.temperature * found})
     save_weights(new, described, content["state_dict"])
-    after = score(logits / found, labels).calibration_error
+    after = score(together(logits / found), labels).calibration_error
     log.info("temperature %.4f; calibration error before %.4f, after %.4f", described.temperature, before, after)
     log.info("%s", new)
     return new

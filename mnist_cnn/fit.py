@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -99,11 +99,11 @@ def _fit(
     training.clear()
     if classifier.stopping:
         raise Stopped(classifier.stopping)
-    seconds = earlier + time.perf_counter() - start
+    seconds = {"fit": earlier + time.perf_counter() - start, "train": earlier + classifier.ended - classifier.begun}
 
     # The test set is looked at once, through the checkpoint that the user keeps.
     if config.test:
-        best, logits = tested(folder / "checkpoints" / "best.ckpt", data, device, group)
+        best, logits, seconds["test"] = tested(folder / "checkpoints" / "best.ckpt", data, device, config.views, group)
         scores = score(logits, data.test.labels)
     else:
         best, logits, scores = load_classifier(folder / "checkpoints" / "best.ckpt", device.type), None, None
@@ -151,13 +151,20 @@ def shares(config: Train, device: torch.device, group: Group) -> str:
 
 
 def tested(
-    checkpoint: Path, data: MNISTDataModule, device: torch.device, group: Group | None
-) -> tuple[Classifier, Tensor]:
-    """A checkpoint's classifier, and its logits (N, classes) of the test digits, of which each rank does a share."""
+    checkpoint: Path, data: MNISTDataModule, device: torch.device, views: Literal[1, 5, 9], group: Group | None
+) -> tuple[Classifier, Tensor, float]:
+    """A checkpoint's classifier, its logits (N, classes) of the test digits, and the seconds they took.
+
+    Each rank does a share of the digits, and its seconds are with the reading of the checkpoint.
+    """
+    start = time.perf_counter()
     if group:
-        return shared_logits(checkpoint, data.test.images, device.type, group)
-    best = load_classifier(checkpoint, device.type)
-    return best, best.logits(data.test.images)
+        best, logits = shared_logits(checkpoint, data.test.images, device.type, views, group)
+    else:
+        best = load_classifier(checkpoint, device.type, views)
+        start = time.perf_counter()
+        logits = best.logits(data.test.images)
+    return best, logits, time.perf_counter() - start
 
 
 def keep_memory() -> None:
@@ -167,15 +174,18 @@ def keep_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
-def metrics_of(best: Classifier, scores: Scores | None, epochs: int, seconds: float) -> Metrics:
-    """What metrics.json holds: the figures of the tested epoch, as its checkpoint has them, and of the test if any."""
+def metrics_of(best: Classifier, scores: Scores | None, epochs: int, seconds: Mapping[str, float]) -> Metrics:
+    """What metrics.json holds: the figures of the tested epoch, as its checkpoint has them, and of the test if any.
+
+    `seconds` are of the whole fit, of training from the first batch to the last step, and of the test's scoring.
+    """
     tested = best.description.history[-1]
     keys = [f"{part}/{figure}" for part in ("train", "val") for figure in ("loss", "accuracy")]
     return {
         "parameters": best.network.parameter_count(),
         "epochs": epochs,
         "tested_epoch": int(tested["epoch"]),
-        "fit_seconds": seconds,
+        **{f"{part}_seconds": seconds.get(part) for part in ("fit", "train", "test")},
         **{key: tested.get(key) for key in keys},
         "test/loss": scores.loss if scores else None,
         "test/accuracy": scores.accuracy if scores else None,

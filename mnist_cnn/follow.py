@@ -107,4 +107,4 @@ def _share(job: dict[str, Any], group: Group) -> None:
         trainer.fit(classifier, datamodule=data, ckpt_path=job["checkpoint"], weights_only=True)
         classifier.agree()
     if config.test and not classifier.stopping:
-        shared_logits(folder / "checkpoints" / "best.ckpt", data.test.images, device.type, group)
+        shared_logits(folder / "checkpoints" / "best.ckpt", data.test.images, device.type, config.views, group)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from mnist_cnn.architectures import CPU_BATCH, ConvNet
 from mnist_cnn.checkpoint import Description, described, find_checkpoint, find_device, network_of, rebuild
@@ -36,8 +37,8 @@ class Member(NamedTuple):
 class Classifier:
     """Trained networks, ready to classify; made by `load_classifier`."""
 
-    def __init__(self, members: Sequence[Member], device: torch.device) -> None:
-        self.members, self.device = list(members), device
+    def __init__(self, members: Sequence[Member], device: torch.device, views: int = 1) -> None:
+        self.members, self.device, self.views = list(members), device, views
 
     @property
     def description(self) -> Description:
@@ -57,17 +58,20 @@ class Classifier:
     def logits(self, images: Tensor) -> Tensor:
         """Images uint8 (N, 1, 28, 28) in MNIST's form to logits float32 (N, classes) on the CPU, after the temperature.
 
-        Of several networks they are the logarithms of the mean of the probabilities.
+        Of several networks or views they are the logarithms of the mean of the probabilities.
         """
+        return together(self.each(images))
+
+    @torch.inference_mode()
+    def each(self, images: Tensor) -> Tensor:
+        """The logits of each network for each view, float32 (networks · views, N, classes); else as `logits`."""
         size = CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH
         parts = [self._batch(part.to(self.device)).float().cpu() for part in images.split(size)]
-        return torch.cat(parts) if len(images) else torch.empty(0, len(self.classes))
+        return torch.cat(parts, 1) if len(images) else torch.empty(1, 0, len(self.classes))
 
     def _batch(self, images: Tensor) -> Tensor:
-        logits = [member.logits(images) for member in self.members]
-        if len(logits) == 1:
-            return logits[0]
-        return torch.stack([torch.softmax(each, dim=1) for each in logits]).mean(0).log()
+        views = shifted(images, self.views)
+        return torch.stack([member.logits(view) for member in self.members for view in views])
 
     def probabilities(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> NDArray[np.float32]:
         """Pictures to probabilities float32 (N, classes), one row each, each row summing to 1.
@@ -88,6 +92,22 @@ class Classifier:
     def predict(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> list[str]:
         """The most probable class of each picture, by name; arguments and errors as for `probabilities`."""
         return [self.classes[index] for index in self.probabilities(pictures, mode).argmax(1)]
+
+
+def together(logits: Tensor) -> Tensor:
+    """Logits (M, N, classes) to the logarithms of the mean of the M probabilities; of one, the logits as they are."""
+    return logits[0] if len(logits) == 1 else torch.softmax(logits, 2).mean(0).log()
+
+
+def shifted(images: Tensor, views: int) -> list[Tensor]:
+    """Images (N, 1, H, W), and for 5 views those one pixel up, left, right and down, for 9 the diagonal ones too."""
+    if views == 1:
+        return [images]
+    height, width = images.shape[-2:]
+    wide = F.pad(images, (1, 1, 1, 1))
+    steps = sorted(((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)), key=lambda step: abs(step[0]) + abs(step[1]))
+    places = [(1 + y, 1 + x) for y, x in steps[:views]]
+    return [wide[..., top : top + height, left : left + width].contiguous() for top, left in places]
 
 
 def digits_of(pictures: Pictures, form: Callable[[Any], NDArray[np.uint8]]) -> NDArray[np.uint8]:
@@ -127,12 +147,15 @@ def _pixels_of(picture: Picture) -> Image.Image | NDArray[Any]:
     return picture[0] if picture.ndim == 3 and picture.shape[0] == 1 else picture
 
 
-def load_classifier(path: str | Path | Sequence[str | Path], device: str = "auto") -> Classifier:
+def load_classifier(
+    path: str | Path | Sequence[str | Path], device: str = "auto", views: Literal[1, 5, 9] = 1
+) -> Classifier:
     """A checkpoint to a `Classifier` on `device` (auto, cpu, cuda).
 
     Args:
         path: a .ckpt file, a run's folder (its best), an exported .onnx or .safetensors file; or a list of them,
             whose probabilities are averaged.
+        views: 5: probabilities are averaged over a digit and its shifts by one pixel; 9: the diagonal ones too.
 
     Raises:
         UserError: a checkpoint cannot be read, they have different classes, or there is no such device.
@@ -145,7 +168,7 @@ def load_classifier(path: str | Path | Sequence[str | Path], device: str = "auto
     for each, member in zip(paths, members, strict=True):
         if member.description.classes != members[0].description.classes:
             raise UserError(f"{each} has other classes than {paths[0]}: they cannot predict together")
-    return Classifier(members, where)
+    return Classifier(members, where, views)
 
 
 def _member(path: str | Path, device: torch.device) -> Member:

@@ -63,13 +63,17 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
 
 
 def temperature_of(logits: Tensor, labels: Tensor) -> float:
-    """The number that, dividing the logits (N, classes), makes the cross entropy with labels (N,) least; 0.05 to 20."""
+    """The number that, dividing the logits, makes the cross entropy with labels (N,) least; 0.05 to 20.
+
+    Logits (N, classes), or (M, N, classes), of whose probabilities the mean over M is taken.
+    """
     from scipy.optimize import minimize_scalar
 
-    logits = logits.double()
+    each = logits.double().view(-1, *logits.shape[-2:])
 
     def loss(logarithm: float) -> float:
-        return F.cross_entropy(logits / math.exp(logarithm), labels).item()
+        divided = torch.log_softmax(each / math.exp(logarithm), 2)
+        return F.nll_loss(divided.logsumexp(0) - math.log(len(each)), labels).item()
 
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
 

@@ -1,4 +1,4 @@
-"""Keras 3's Adam and RMSprop, where torch's place epsilon elsewhere."""
+"""Keras 3's Adam and RMSprop, where torch's place epsilon elsewhere; a linear schedule."""
 
 from __future__ import annotations
 
@@ -101,3 +101,19 @@ class KerasRMSprop(_KerasOptimizer):
         roots = torch._foreach_add(square_means, group["eps"])
         torch._foreach_sqrt_(roots)
         torch._foreach_addcdiv_(weights, gradients, roots, -group["lr"])
+
+
+def linear(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.1, final: float = 0.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Every rate up to its own value in a share `warmup` of the steps, then down to the share `final` of it."""
+    if not (0 <= warmup <= 1 and 0 <= final <= 1):
+        raise ValueError("warmup and final must be shares from 0 to 1")
+    rising = max(round(warmup * steps), 1)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return 1 - (1 - final) * min((step + 1 - rising) / (steps + 1 - rising), 1)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -10,6 +10,8 @@ import pytorch_lightning as pl
 import torch
 
 from mnist_cnn.architectures import ConvNet
+from mnist_cnn.augmentation import Affine
+from mnist_cnn.averaging import Averages
 from mnist_cnn.checkpoint import FORMAT, rebuild
 from mnist_cnn.classifier import DigitClassifier, Row
 from mnist_cnn.config import Train
@@ -100,6 +102,8 @@ def classifier_for(
             "versions": versions(),
         },
         None if group and group.rank else report,
+        Affine(config.augmentation) if config.augmentation.warps() else None,
+        config.label_smoothing,
     )
 
 
@@ -110,6 +114,7 @@ def trainer_for(
     validated, follows = len(data.validation.labels) > 0, group is not None and group.rank > 0
     monitor = "val/accuracy" if validated and config.selection == "best" else None
     checkpoints = Checkpoints(folder / "checkpoints", monitor, config.checkpoint.every_seconds)
+    averages = [Averages(config.averaging, device)] if config.averaging else []
     trainer = pl.Trainer(
         accelerator=device.type,
         devices=config.accelerator.devices,
@@ -118,7 +123,7 @@ def trainer_for(
         precision=config.accelerator.precision,
         max_epochs=config.epochs,
         logger=made(config.logger, "logger") if config.logger and not follows else False,
-        callbacks=[checkpoints, *([] if silent or follows else bars(config.epochs))],
+        callbacks=[*averages, checkpoints, *([] if silent or follows else bars(config.epochs))],
         plugins=[WholeCheckpoints()],
         limit_val_batches=None if validated else 0,
         num_sanity_val_steps=0,

@@ -137,7 +137,8 @@ def differences(theirs: list[str], ours: list[str]) -> str:
 def _changed(stored: Train, settings: Strict) -> str:
     """What of a job that has begun would not be the same now, as where a YAML was edited."""
     assert isinstance(settings, Train)
-    keys = ("architecture", "optimizer", "schedule", "seed", "epochs", "selection", "initialize", "freeze")
+    keys = ["architecture", "optimizer", "schedule", "seed", "epochs", "selection", "initialize", "freeze"]
+    keys += ["augmentation", "label_smoothing", "averaging", "views"]
     was, now = (
         {key: getattr(one, key) for key in keys}
         | {f"data.{key}": value for key, value in one.data.model_dump(exclude={"root"}).items()}

@@ -63,7 +63,7 @@ def predict(config: Predict) -> None:
 
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
-    classifier = load_classifier(config.checkpoint, config.accelerator.name)
+    classifier = load_classifier(config.checkpoint, config.accelerator.name, config.views)
     form = form_for(classifier.description.data.name, config.mode)
     pictures = sources(config.images, as_bytes=config.input == "bytes")
     failed, shown = 0, list[tuple[Read, Any]]()

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 NEEDED = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "epoch", "global_step"}
+AVERAGED = {"current_model_state", "averaging_state"}  # where the weights are averaged
 QUEUE_SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 STEPS = "epoch_loop.manual_optimization.optim_step_progress"  # Lightning's count of optimizer steps
 
@@ -174,9 +175,10 @@ def last_whole(folder: Path, config: Train) -> tuple[Path, float] | None:
             continue
         try:
             content, description = read_checkpoint(path)
-            network_of(path, description, content["state_dict"])
-            if missing := NEEDED - content.keys():
+            if missing := (NEEDED | AVERAGED if config.averaging else NEEDED) - content.keys():
                 raise UserError(f"{path} has no {', '.join(sorted(missing))} to continue from")
+            for weights in ("state_dict", "current_model_state") if config.averaging else ("state_dict",):
+                network_of(path, description, content[weights])
         except UserError as error:
             log.warning("warning: %s", error)
             continue

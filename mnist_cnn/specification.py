@@ -28,6 +28,7 @@ class Block(Strict):
     kernel: int = Field(ge=1, le=IMAGE_SIZE)
     stride: int = Field(default=1, ge=1, le=IMAGE_SIZE)
     padding: int = Field(default=0, ge=0, le=IMAGE_SIZE // 2)
+    bias: bool = True  # checkpoints of formats 1 and 2 have no such key
     batch_norm: bool = False
     pool: int | None = Field(default=None, ge=1, le=IMAGE_SIZE)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -39,7 +40,7 @@ class Block(Strict):
         if self.kernel > size + 2 * self.padding:
             raise ValueError(f"kernel {self.kernel} is larger than its input of {size}×{size}")
         output = (convolved, convolved, self.filters)
-        weights = self.kernel**2 * channels * self.filters + self.filters
+        weights = self.kernel**2 * channels * self.filters + self.filters * self.bias
         rows = [Layer(f"convolution {number}", output, weights)]
         if self.batch_norm:
             rows.append(Layer(f"batch norm {number}", output, 2 * self.filters))

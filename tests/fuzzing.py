@@ -71,6 +71,7 @@ blocks = st.lists(
             "padding": st.sampled_from([0, 1, 2]) | sizes,
             "pool": st.sampled_from([None, 2, 3]) | sizes,
             "batch_norm": st.booleans(),
+            "bias": st.booleans(),
             "dropout": st.sampled_from([0.0, 0.25, 0.5]) | odd_numbers,
         },
     )
@@ -83,8 +84,9 @@ dense = st.lists(
 )
 GROUPS = {
     "architecture": ["conv30_70", "conv32_32_dropout", "conv64_128", "conv10", "conv32_64_64", "mlp"],
-    "optimizer": ["adam", "adamw", "sgd", "rmsprop", "adadelta", "keras_adam", "keras_rmsprop"],
-    "schedule": ["constant", "onecycle", "cosine", "exponential"],
+    "optimizer": ["adam", "adamw", "sgd", "rmsprop", "adadelta", "keras_adam", "keras_rmsprop", "muon"],
+    "schedule": ["constant", "onecycle", "cosine", "exponential", "linear"],
+    "augmentation": ["none", "affine"],
     "accelerator": ["auto", "cpu", "cuda"],
     "data": ["digits", "mnist", "fashion_mnist", "kmnist", "as_trained"],
     "logger": ["csv", "tensorboard", "null"],
@@ -96,7 +98,8 @@ KEYS += ["optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_d
 KEYS += ["schedule.interval", "schedule.length", "schedule.scheduler", "schedule.scheduler.gamma"]
 KEYS += ["schedule.scheduler.pct_start", "schedule.scheduler.max_lr", "schedule.scheduler.factor", "accelerator.name"]
 KEYS += ["accelerator.precision", "accelerator.threads", "data.batch_size", "data.validation", "data.validation_from"]
-KEYS += ["data.normalization", "data.name", "logger", "resume"]
+KEYS += ["data.normalization", "data.name", "logger", "resume", "augmentation", "augmentation.shift", "label_smoothing"]
+KEYS += ["averaging", "views", "optimizer.lr_rest", "optimizer.ns_steps", "schedule.scheduler.warmup"]
 GOOD = {
     "seed": st.integers(0, 9).map(str),
     "epochs": st.integers(1, 9).map(str),
@@ -110,6 +113,10 @@ GOOD = {
     "data.normalization": st.sampled_from(["unit", "standard"]),
     "accelerator.precision": st.sampled_from(["32-true", "bf16-mixed", "16-mixed"]),
     "accelerator.threads": st.sampled_from(["1", "2", "null"]),
+    "augmentation.rotation": st.sampled_from(["0", "10", "180"]),
+    "label_smoothing": st.sampled_from(["0", "0.1"]),
+    "averaging": st.sampled_from(["0", "0.9"]),
+    "views": st.sampled_from(["1", "5", "9"]),
 }
 TARGETS = ["torch.optim.Adam", "torch.optim.LBFGS", "torch.optim.NAdam", "torch.optim.Nothing", "torch.nowhere.X", "x"]
 TARGETS += ["torch.optim.lr_scheduler.StepLR", "torch.optim.lr_scheduler.ReduceLROnPlateau", "torch.nn.Linear", ""]

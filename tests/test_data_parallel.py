@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import equal, outcome, processes, wait_until
 from test_messages import said
+from test_recipes import ALL as RECIPE
 from test_resume import SETTINGS as DROPOUT
 from test_train import metrics, weights
 
@@ -130,10 +131,11 @@ def test_checkpoints_cross_in_the_middle_of_an_epoch(run, tmp_path, signalled):
         assert float(one["train/loss"]) == pytest.approx(float(other["train/loss"]), abs=1e-4)
 
 
-def test_as_many_ranks_continue_to_the_same_bits_with_dropout(run, tmp_path, signalled):
-    whole = run("mnist-train", *DROPOUT, TWO).folder()
+@pytest.mark.parametrize("extra", [(), RECIPE], ids=["dropout", "a record's recipe"])
+def test_as_many_ranks_continue_to_the_same_bits(run, tmp_path, signalled, extra):
+    whole = run("mnist-train", *DROPOUT, *extra, TWO).folder()
     signalled(signal.SIGTERM, 30)
-    assert run("mnist-train", *DROPOUT, TWO, "hydra.run.dir=run").status == 143
+    assert run("mnist-train", *DROPOUT, *extra, TWO, "hydra.run.dir=run").status == 143
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")[0]["epoch_so_far"]["position"] == 9
     assert run("mnist-train", "resume=run").status == 0
     equal(whole, tmp_path / "run")

@@ -278,6 +278,22 @@ TRAIN = "mnist-train data=digits epochs=1 plots=false architecture=conv10 "
 SWEEP, OWN = "mnist-sweep sweep=learning_rate data=digits", "mnist-sweep --config-dir spaces data=digits sweep="
 TABLE = [
     # mnist-train
+    (f"{TRAIN} augmentation.rotation=200", 2, ["augmentation.rotation=200: must be less than or equal to 180"]),
+    (f"{TRAIN} augmentation.scale=1", 2, ["augmentation.scale=1: must be less than 1"]),
+    (f"{TRAIN} augmentation.shear=-3", 2, ["augmentation.shear=-3: must be greater than or equal to 0"]),
+    (f"{TRAIN} augmentation.shift=nan", 2, ["augmentation.shift=nan: must be a finite number"]),
+    (f"{TRAIN} augmentation=afine", 2, ["augmentation=afine: no such option; did you mean affine?"]),
+    (f"{TRAIN} augmentation.rotate=3", 2, ["unknown key augmentation.rotate; did you mean augmentation.rotation?"]),
+    (f"{TRAIN} label_smoothing=1", 2, ["label_smoothing=1: must be less than 1"]),
+    (f"{TRAIN} averaging=1.0", 2, ["averaging=1.0: must be less than 1"]),
+    (f"{TRAIN} views=3", 2, ["views=3: must be 1, 5 or 9"]),
+    (f"{EVALUATE}RUN views=2", 2, ["views=2: must be 1, 5 or 9"]),
+    (f"{IMAGES}text.png views=many", 2, ["views='many': must be 1, 5 or 9"]),
+    (f"{TRAIN} optimizer=muon optimizer.lr_rest=0", 2, ["Muon refuses", "lr_rest must be greater than 0"]),
+    (f"{TRAIN} optimizer=muon optimizer.momentum=1", 2, ["momentum and both betas must be from 0 to below 1"]),
+    (f"{TRAIN} optimizer=muon optimizer.ns_steps=2.5", 2, ["ns_steps must be a whole number from 1 to 99"]),
+    (f"{TRAIN} optimizer=muon +optimizer.lr_bias=1", 2, ["unknown key optimizer.lr_bias for Muon; did you mean lr"]),
+    (f"{TRAIN} schedule=linear schedule.scheduler.warmup=3", 2, ["warmup and final must be shares from 0 to 1"]),
     (f"{TRAIN} initialize=RUN architecture=mlp", 2, ["is not the architecture of initialize=", "leave it out"]),
     (f"{TRAIN} -m resume=stopped,edited", 2, ["resume continues one run: leave out -m"]),
     (

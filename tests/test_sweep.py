@@ -26,7 +26,7 @@ from PIL import Image
 from test_messages import said
 from test_train import metrics, same, weights
 
-from mnist_cnn import crew, fit, storage
+from mnist_cnn import crew, fit
 from mnist_cnn.study import SharedStudy
 from mnist_cnn.study import tally as of_study
 from mnist_cnn.study_page import page

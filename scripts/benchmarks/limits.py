@@ -17,13 +17,13 @@ from mnist_cnn.optimizers import KerasAdam
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def multiply_adds(network, image):
-    """Of a step for one digit: forward, and each gradient that is needed."""
+def multiply_adds(network, image, training=True):
+    """Of one digit: forward, and in training each gradient that is needed."""
     counts = []
 
     def hook(module, inputs, output):
         count = module.weight[0].numel() * output[0].numel()
-        counts.append(count * (2 if not counts else 3))  # nobody needs the gradient of the pixels
+        counts.append(count * ((3 if counts else 2) if training else 1))  # nobody needs the gradient of the pixels
 
     hooks = [m.register_forward_hook(hook) for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     network.eval()(image)

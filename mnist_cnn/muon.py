@@ -1,0 +1,126 @@
+"""Muon for a whole network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon of the convolutions' and hidden layers' weights, AdamW of all else: norms, biases and the last layer.
+
+    A filter is a row of its layer's matrix. The update of a matrix of so many rows and columns is its momentum made
+    near orthogonal, times √max(1, rows/columns): the mathematics of torch.optim.Muon, which takes matrices only, and in
+    bfloat16 half as fast on a CPU at this size. Jordan et al., kellerjordan.github.io/posts/muon, 2024.
+
+    Args:
+        params: the network's, in order: the last of them with two dimensions is the last layer's weight.
+        lr, momentum, nesterov, ns_steps: of the matrices.
+        lr_rest, betas, eps: of the others; a schedule that moves `lr` moves `lr_rest` by the same factor.
+        weight_decay: of all, decoupled: each step takes this share of the rate from a weight.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.05,
+        lr_rest: float = 0.002,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if not (lr_rest > 0 and weight_decay >= 0 and eps >= 0):
+            raise ValueError("lr_rest must be greater than 0, weight_decay and eps 0 or more")
+        if len(betas) != 2 or not all(0 <= share < 1 for share in (momentum, *betas)):
+            raise ValueError("momentum and both betas must be from 0 to below 1")
+        if ns_steps not in range(1, 100):
+            raise ValueError("ns_steps must be a whole number from 1 to 99")
+        weights = list(params)
+        matrices = [weight for weight in weights if weight.ndim > 1][:-1]
+        known = set(map(id, matrices))
+        muon = {"params": matrices, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        rest = {"params": [weight for weight in weights if id(weight) not in known], "steps": 0}
+        # Each rate is `lr` times the ratio, so that schedules that set `lr` need not know of a second one.
+        rest |= {"ratio": lr_rest / lr, "betas": betas, "eps": eps}
+        super().__init__([muon, rest], {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        muon, rest = self.param_groups
+        for weight in muon["params"]:
+            if weight.grad is not None:
+                self._orthogonal(muon, weight, weight.grad)
+        self._adamw(rest, [weight for weight in rest["params"] if weight.grad is not None])
+        return loss
+
+    def _orthogonal(self, group: dict[str, Any], weight: Tensor, gradient: Tensor) -> None:
+        if not self.state[weight]:
+            self.state[weight]["mean"] = torch.zeros_like(weight)
+        mean = self.state[weight]["mean"].lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+        # Channels last, as they lie in memory: a view. The order of columns makes no difference.
+        last = update.movedim(1, -1) if update.ndim > 2 else update
+        update = orthogonalized(last.flatten(1), group["ns_steps"]).view(last.shape)
+        update = update.movedim(-1, 1) if update.ndim > 2 else update
+        rows, columns = len(weight), weight[0].numel()
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+    def _adamw(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        """w ← (1 - lr λ) w - lr m̂ / (√v̂ + ε), by torch's fused kernel."""
+        if not weights:
+            return
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight].update(mean=torch.zeros_like(weight), square_mean=torch.zeros_like(weight))
+        group["steps"] += 1
+        steps = torch.full((), group["steps"], dtype=torch.float32, device=weights[0].device)
+        torch._fused_adamw_(
+            weights,
+            [weight.grad for weight in weights],  # type: ignore[misc]
+            [self.state[weight]["mean"] for weight in weights],
+            [self.state[weight]["square_mean"] for weight in weights],
+            [],
+            [steps] * len(weights),
+            lr=group["lr"] * group["ratio"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
+    """The float32 matrix (rows, columns) with its singular values brought near 1, by Newton-Schulz steps.
+
+    Each makes (a + b XXᵀ + c (XXᵀ)²) X of X, with the coefficients of torch.optim.Muon, after a division by the norm.
+    The factors and the XXᵀ of all steps follow from the first XXᵀ alone, which has the shorter side: half of the time.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = len(matrix) > matrix.shape[1]
+    with torch.autocast(matrix.device.type, enabled=False):
+        x = matrix.T if tall else matrix
+        x = x / x.norm().clamp(min=1e-7)
+        gram, product = x @ x.T, None
+        for step in range(steps):
+            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal().add_(a)
+            product = factor if product is None else factor @ product
+            if step < steps - 1:
+                gram = factor @ gram @ factor  # they commute
+        x = product @ x
+    return x.T.contiguous() if tall else x

@@ -1,0 +1,197 @@
+"""The records' tables and pictures, from scripts/records.json, which scripts/results makes of outputs/records."""
+
+import json
+import statistics
+from pathlib import Path
+
+from scipy.stats import t
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "scripts" / "records.json"
+NAMES = ("speed_99", "speed_99_5", "speed_99_7", "record_single", "record_ensemble")
+# Test digits, counted from 0, of which raters dispute the label.
+DISPUTED = [947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729]
+CURVES, MISSED = ROOT / "scripts" / "records_curves.png", ROOT / "scripts" / "records_missed.png"
+
+
+def recorded():
+    return json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+
+
+def collected(folder):
+    """What scripts/records has left in a folder, by recipe: runs and ablation by seed, temperature and curves."""
+    found = {}
+    for file in folder.glob("*/calibration.json"):
+        place = file.parent
+        runs = {path.stem.removeprefix("seed_"): json.loads(path.read_text()) for path in place.glob("seed_*.json")}
+        found[place.name] = {"calibration": json.loads(file.read_text()), "runs": in_order(runs)}
+    for place in folder.glob("*/ablation/*"):
+        runs = {path.stem.removeprefix("seed_"): json.loads(path.read_text()) for path in place.glob("seed_*.json")}
+        keys = ("accuracy", "accuracy_one_view", "error")
+        about = {key: {name: run[name] for name in keys if name in run} for key, run in in_order(runs).items()}
+        found.setdefault(place.parents[1].name, {}).setdefault("ablation", {})[place.name] = about
+    return found
+
+
+def in_order(runs):
+    return {key: runs[key] for key in sorted(runs, key=int)}
+
+
+def written(found):
+    """Take in what was found; a recipe's parts that are not there stay as they are recorded."""
+    records = recorded()
+    for name, parts in found.items():
+        records[name] = {**records.get(name, {}), **parts}
+    if records:
+        RECORDS.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
+
+
+def percents(runs, key):
+    return [100 * run[key] for run in runs.values() if key in run]
+
+
+def mean_sd(values):
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def interval(values):
+    """The 95 % interval of the mean by Student's t."""
+    if len(values) < 2:
+        return "–"
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values) - half:.3f} to {statistics.mean(values) + half:.3f}"
+
+
+def median(runs, *keys):
+    return statistics.median(sum(run[key] for key in keys) for run in runs.values())
+
+
+def claim(records, name):
+    """The line that heads a recipe's YAML."""
+    if not records.get(name, {}).get("runs"):
+        return ""
+    runs = records[name]["runs"]
+    seconds = median(runs, "train_seconds", "test_seconds")
+    run = next(iter(runs.values()))
+    return (
+        f"# Measured: test accuracy {mean_sd(percents(runs, 'accuracy'))} % (mean ± sd of {len(runs)}) "
+        f"in {seconds:.2f} s (median) on {run['machine']}; scripts/results."
+    )
+
+
+def accuracy_table(records):
+    lines = [
+        "| recipe | runs | test accuracy, % | 95 % interval of the mean | lowest–highest | without 15 disputed digits "
+        "| parameters | epochs | seconds: training + scoring | 10⁹ multiply-adds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs in of_runs(records):
+        run, values = next(iter(runs.values())), percents(runs, "accuracy")
+        members = f"{run['members']} × " if run["members"] > 1 else ""
+        adds = median(runs, "training_multiply_adds", "scoring_multiply_adds") / 1e9
+        cells = [f"`{name}`", len(runs), mean_sd(values), interval(values), f"{min(values):.2f}–{max(values):.2f}"]
+        cells += [mean_sd(percents(runs, "accuracy_undisputed")), f"{members}{run['parameters'] // run['members']:,}"]
+        cells += [
+            run["epochs"],
+            f"{median(runs, 'train_seconds'):.2f} + {median(runs, 'test_seconds'):.2f}",
+            f"{adds:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def of_runs(records):
+    """The recipes that have runs, in the README's order, and those runs."""
+    names = [name for name in NAMES if name in records] + sorted(records.keys() - set(NAMES))
+    return [(name, records[name]["runs"]) for name in names if records[name].get("runs")]
+
+
+def calibration_table(records):
+    lines = [
+        "| recipe | temperature | negative log-likelihood, before → after "
+        "| expected calibration error, before → after |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, runs in of_runs(records):
+        cells = [
+            f"{statistics.mean(run[key] for run in runs.values()):.4f} → "
+            f"{statistics.mean(run[f'calibrated_{key}'] for run in runs.values()):.4f}"
+            for key in ("loss", "calibration_error")
+        ]
+        found = next(iter(runs.values()))["temperature"]
+        lines.append(f"| `{name}` | {found:.3f} | {' | '.join(cells)} |")
+    return lines
+
+
+def ablation_table(records):
+    lines = ["| recipe | without | runs | validation accuracy, % | difference |", "| --- | --- | --- | --- | --- |"]
+    for name, parts in records.items():
+        if "all" not in parts.get("ablation", {}):
+            continue
+        whole = parts["ablation"]["all"]
+        rows = {part: percents(runs, "accuracy") for part, runs in parts["ablation"].items()}
+        if (one := percents(whole, "accuracy_one_view")) != rows["all"]:
+            rows["several views"] = one
+        first = statistics.mean(rows["all"])
+        for part, values in sorted(rows.items(), key=lambda row: row[0] != "all"):
+            failed = len(parts["ablation"].get(part, whole)) - len(values)
+            shown = [mean_sd(values), f"{statistics.mean(values) - first:+.3f}"] if values else ["–", "–"]
+            shown[0] += f" ({failed} diverged)" if failed else ""
+            title = "–" if part == "all" else part
+            lines.append(
+                f"| `{name}` | {title} | {len(values) + failed} | {shown[0]} | {shown[1] if title != '–' else ''} |"
+            )
+    return lines
+
+
+def tables(records):
+    if not of_runs(records):
+        return "Not recorded yet."
+    runs = [run for _, some in of_runs(records) for run in some.values()]
+    machines = sorted({f"{run['machine']}, {run['threads']} threads, torch {run['versions']['torch']}" for run in runs})
+    precisions = {name: next(iter(some.values()))["precision"] for name, some in of_runs(records)}
+    halves = [f"`{name}`" for name, precision in precisions.items() if precision != "32-true"]
+    notes = f"Measured on {'; '.join(machines)}. In bfloat16: {', '.join(halves) or 'none'}; the others in float32."
+    parts = ["\n".join(accuracy_table(records)), "\n".join(calibration_table(records))]
+    if any("ablation" in part for part in records.values()):
+        parts.append("\n".join(ablation_table(records)))
+    pictures = {CURVES: "Validation accuracy by epoch", MISSED: "The test digits that the record misses most often"}
+    parts += [f"![{text}]({path.relative_to(ROOT)})" for path, text in pictures.items() if path.exists()]
+    return "\n\n".join([*parts, notes])
+
+
+def draw():
+    """The validation curves of all recipes, and the test digits that the best of them misses most often."""
+    import os
+
+    from matplotlib.figure import Figure
+
+    from mnist_cnn.datasets import load
+    from mnist_cnn.plots import INK, _grid
+
+    records = recorded()
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_axes((0.11, 0.13, 0.86, 0.8))
+    for name, _ in of_runs(records):
+        curves = records[name]["calibration"]["curves"]
+        means = [100 * statistics.mean(values) for values in zip(*curves, strict=True)]
+        axes.plot(range(1, len(means) + 1), means, marker="o", markersize=3, label=name)
+    axes.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(97.5, 100), title="Learning curves of the records")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(CURVES, dpi=90)
+
+    name, runs = of_runs(records)[-1]
+    counts = {}
+    for run in runs.values():
+        for index in run["incorrect"]:
+            counts[index] = counts.get(index, 0) + 1
+    often = sorted(counts, key=lambda index: (-counts[index], index))[:30]
+    test = load("mnist", os.environ.get("MNIST_CNN_DATA", "data"))[1]
+    labels = [
+        f"{index}{' *' if index in DISPUTED else ''}\n{int(test.labels[index])}, {counts[index]} of {len(runs)}"
+        for index in often
+    ]
+    title = f"Test digits that {name} misses: index (* disputed), label, how many of its runs"
+    _grid(title, [test.images[index, 0].numpy() for index in often], labels, 10, MISSED, **INK)
+    return 0

@@ -1,0 +1,134 @@
+"""scripts/records counts every seed, keeps what is there, and its figures are those of the checkpoints."""
+
+import json
+import statistics
+import sys
+from importlib.machinery import SourceFileLoader
+
+import pytest
+import torch
+from conftest import CONF, REPOSITORY
+
+from mnist_cnn import load_classifier
+from mnist_cnn.datasets import load
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import record_tables
+
+WORDS = ("data=digits", "epochs=1", "accelerator.precision=32-true", "accelerator=cpu")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """The script, with 100 validation digits, ensembles of two, and a folder of its own."""
+    script = SourceFileLoader("records", str(REPOSITORY / "scripts" / "records")).load_module()
+    script.OUT = tmp_path_factory.mktemp("records")
+    script.VALIDATION, script.MEMBERS = 100, {"record_ensemble": 2}
+    return script
+
+
+def figures(records, name):
+    return {int(file.stem[5:]): json.loads(file.read_text()) for file in (records.OUT / name).glob("seed_*.json")}
+
+
+def test_every_recipe_is_one_that_mnist_train_takes(records):
+    for name in records.SEEDS:
+        config = records.settings_of([f"experiment={name}"])
+        assert (config.selection, config.data.validation) == ("last", 0), name
+        assert (CONF / "experiment" / f"{name}.yaml").exists()
+
+
+def test_a_record_over_seeds(records):
+    assert records.main(["speed_99", "seeds=2", "views=5", *WORDS]) == 0
+    runs = figures(records, "speed_99")
+    assert sorted(runs) == [1, 2]
+    test = load("digits", "unused")[1]
+    for seed, run in runs.items():
+        logits = load_classifier(records.OUT / "speed_99" / f"seed_{seed}", views=5).logits(test.images)
+        wrong = (logits.argmax(1) != test.labels).nonzero().flatten().tolist()
+        assert run["incorrect"] == wrong
+        assert run["accuracy"] == pytest.approx(1 - len(wrong) / 360)
+        assert run["train_seconds"] > 0
+        assert run["test_seconds"] > 0
+        assert f"seed={seed}" in run["overrides"]
+        assert run["temperature"] != 1
+    layers = 12 * 12 * 16 * 25, 10 * 10 * 32 * 144, 3 * 3 * 64 * 288, 576 * 10
+    assert runs[1]["scoring_multiply_adds"] == 5 * 360 * sum(layers)
+    assert runs[1]["training_multiply_adds"] == 1437 * (2 * layers[0] + 3 * sum(layers[1:]))
+
+
+def test_what_is_there_is_kept_and_what_was_cut_short_begins_again(records, capsys):
+    first = figures(records, "speed_99")
+    (records.OUT / "speed_99" / "seed_2.json").unlink()
+    capsys.readouterr()
+    assert records.main(["speed_99", "seeds=3", "views=5", *WORDS]) == 0
+    again = figures(records, "speed_99")
+    assert sorted(again) == [1, 2, 3]
+    assert again[1] == first[1]
+    assert again[2]["accuracy"] == first[2]["accuracy"]
+    assert "seed_1.json" not in capsys.readouterr().out
+
+
+def test_runs_of_another_recipe_are_not_mixed_with_them(records, capsys):
+    assert records.main(["speed_99", "seeds=4", *WORDS]) == 2
+    assert "has runs of another recipe: move it away" in capsys.readouterr().err
+    assert sorted(figures(records, "speed_99")) == [1, 2, 3]
+
+
+def test_an_ensemble_is_the_mean_of_its_networks_with_seeds_of_their_own(records):
+    assert records.main(["record_ensemble", "seeds=2", *WORDS, "views=1", "architecture.blocks=[]"]) == 0
+    runs = figures(records, "record_ensemble")
+    test = load("digits", "unused")[1]
+    for number, run in runs.items():
+        seeds = [2 * number - 1, 2 * number]
+        folders = [records.OUT / "record_ensemble" / f"seed_{number}" / f"seed_{seed}" for seed in seeds]
+        each = [load_classifier(folder).logits(test.images).softmax(1) for folder in folders]
+        wrong = (torch.stack(each).mean(0).argmax(1) != test.labels).nonzero().flatten().tolist()
+        assert run["incorrect"] == wrong
+        members = [json.loads(folder.with_suffix(".json").read_text()) for folder in folders]
+        assert run["train_seconds"] == pytest.approx(sum(member["train_seconds"] for member in members))
+        assert run["parameters"] == 2 * 7850
+
+
+def test_an_ablation_takes_out_each_part_that_the_recipe_has(records):
+    assert records.main(["ablation", "speed_99", "seeds=1", "views=5", *WORDS]) == 0
+    parts = {path.name for path in (records.OUT / "speed_99" / "ablation").iterdir()}
+    assert parts == {"all", "label smoothing", "Muon: AdamW instead", "warm-up and decay", "batch norm"}
+    runs = {
+        part: json.loads((records.OUT / "speed_99" / "ablation" / part / "seed_1.json").read_text()) for part in parts
+    }
+    assert len({run["parameters"] for part, run in runs.items() if part != "batch norm"}) == 1
+    assert runs["batch norm"]["parameters"] == runs["all"]["parameters"] - 112
+    assert runs["all"]["test_seconds"] is None
+
+
+def test_the_tables_have_every_seed(records, monkeypatch, tmp_path):
+    monkeypatch.setattr(record_tables, "RECORDS", tmp_path / "records.json")
+    record_tables.written(record_tables.collected(records.OUT))
+    recorded = record_tables.recorded()
+    text = record_tables.tables(recorded)
+    values = [100 * run["accuracy"] for run in figures(records, "speed_99").values()]
+    assert len(values) == 3
+    assert f"| `speed_99` | 3 | {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} |" in text
+    assert "2 × 7,850" in text
+    assert "| `speed_99` | label smoothing | 1 |" in text
+    assert "| `speed_99` | several views | 1 |" in text
+    assert f"{statistics.mean(values):.3f} ±" in record_tables.claim(recorded, "speed_99")
+    assert record_tables.tables({}) == "Not recorded yet."
+
+
+def test_the_interval_of_a_mean():
+    """Student's t for three values: 4.303 standard errors."""
+    low, high = map(float, record_tables.interval([1.0, 2.0, 3.0]).split(" to "))
+    assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+
+
+@pytest.mark.parametrize("words", [["speed_98"], ["seeds=0"], ["seeds=x", "speed_99"], ["ablate"]])
+def test_a_wrong_command_shows_the_usage(records, capsys, words):
+    assert records.main(words) == 2
+    assert "usage: scripts/records" in capsys.readouterr().err
+
+
+def test_a_wrong_override_is_one_line(records, capsys):
+    assert records.main(["speed_99", "epoch=3"]) == 2
+    assert capsys.readouterr().err == "error: unknown key epoch; did you mean epochs?\n"
