@@ -95,6 +95,8 @@ def in_one_line(error: Exception, config_name: str) -> str:
         return f"a group takes the name of one of its options, such as architecture=conv10 ({text.splitlines()[0]})"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else text
+    if match := re.match(r"Could not append to config. An item is already at '(.+)'", text):
+        return f"+{match[1]} adds a key that is there already; set it with {match[1]}=…"
     if match := re.match(
         r"Could not (?:override|append to config|delete from config)[^'\n]*'([^'\n]+?)(?:@.*)?'", text
     ):

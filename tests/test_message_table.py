@@ -282,6 +282,7 @@ TABLE = [
     (f"{TRAIN} augmentation.scale=1", 2, ["augmentation.scale=1: must be less than 1"]),
     (f"{TRAIN} augmentation.shear=-3", 2, ["augmentation.shear=-3: must be greater than or equal to 0"]),
     (f"{TRAIN} augmentation.shift=nan", 2, ["augmentation.shift=nan: must be a finite number"]),
+    (f"{TRAIN} +epochs=3", 2, ["+epochs adds a key that is there already; set it with epochs="]),
     (f"{TRAIN} augmentation=afine", 2, ["augmentation=afine: no such option; did you mean affine?"]),
     (f"{TRAIN} augmentation.rotate=3", 2, ["unknown key augmentation.rotate; did you mean augmentation.rotation?"]),
     (f"{TRAIN} label_smoothing=1", 2, ["label_smoothing=1: must be less than 1"]),
