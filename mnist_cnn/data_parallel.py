@@ -158,7 +158,7 @@ class SharedClassifier(DigitClassifier):
                 weight.grad = torch.zeros_like(weight)
         gradients: list[Any] = [weight.grad for weight in weights]
         norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
-        running: list[Any] = [part for norm in norms for part in (norm.running_mean, norm.running_var)]
+        running: list[Any] = [part for norm in norms if norm.training for part in (norm.running_mean, norm.running_var)]
         sizes = [part.numel() for part in (*gradients, *running)]
         figures = torch.stack([loss.view(()) * count, correct.view(()).to(loss.dtype)])
         others = torch.tensor([count, *self._wishes()], device=self.device)

@@ -17,6 +17,7 @@ from test_messages import said
 
 import mnist_cnn.predict  # noqa: F401 - what it imports is not of the seconds below
 from mnist_cnn import load_classifier
+from mnist_cnn.checkpoint import FORMAT
 from mnist_cnn.schema import UserError
 
 SECONDS, MEBIBYTES = 2, 500  # seconds of the thread's own work: another test may go on beside it
@@ -203,13 +204,20 @@ def test_a_storage_that_claims_more_than_the_file_has(tmp_path, trained):
 
 
 def test_older_formats_load_and_a_newer_one_says_what_is_needed(trained, tmp_path):
-    old = changed(trained, lambda content: content["mnist_cnn"].update(format=1))
+    def of_format_1(content):
+        about = content["mnist_cnn"]
+        about["format"] = 1
+        about.pop("temperature", None)
+        for block in about["architecture"]["blocks"]:
+            del block["bias"]
+
+    old = changed(trained, of_format_1)
     torch.save(old, tmp_path / "old.ckpt")
     digits = np.random.default_rng(0).integers(0, 256, (3, 28, 28)).astype(np.uint8)
     expected = load_classifier(trained).probabilities(digits)
     np.testing.assert_array_equal(load_classifier(tmp_path / "old.ckpt").probabilities(digits), expected)
     for wrong, words in {
-        3: "format 3.*pip install 'mnist-cnn>=",
+        FORMAT + 1: f"format {FORMAT + 1}.*pip install 'mnist-cnn>=",
         0: "no such file",
         True: "no such",
     }.items():
