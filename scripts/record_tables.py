@@ -150,8 +150,8 @@ def tables(records):
     runs = [run for _, some in of_runs(records) for run in some.values()]
     machines = sorted({f"{run['machine']}, {run['threads']} threads, torch {run['versions']['torch']}" for run in runs})
     precisions = {name: next(iter(some.values()))["precision"] for name, some in of_runs(records)}
-    halves = [f"`{name}`" for name, precision in precisions.items() if precision != "32-true"]
-    notes = f"Measured on {'; '.join(machines)}. In bfloat16: {', '.join(halves) or 'none'}; the others in float32."
+    each = "; ".join(f"`{name}` in {precision}" for name, precision in precisions.items())
+    notes = f"Measured on {'; '.join(machines)}; {each}."
     parts = ["\n".join(accuracy_table(records)), "\n".join(calibration_table(records))]
     if any("ablation" in part for part in records.values()):
         parts.append("\n".join(ablation_table(records)))
