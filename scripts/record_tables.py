@@ -144,14 +144,21 @@ def ablation_table(records):
     return lines
 
 
+def conditions(runs):
+    """What a recipe's clock depends on."""
+    run = next(iter(runs.values()))
+    rate = statistics.median(run["product_rate"] for run in runs.values())
+    return (
+        f"in {run['precision']} on {run['machine']}, {run['threads']} of them used, "
+        f"{rate:,.0f}·10⁹ operations a second in products of bfloat16 matrices, torch {run['versions']['torch']}"
+    )
+
+
 def tables(records):
     if not of_runs(records):
         return "Not recorded yet."
-    runs = [run for _, some in of_runs(records) for run in some.values()]
-    machines = sorted({f"{run['machine']}, {run['threads']} threads, torch {run['versions']['torch']}" for run in runs})
-    precisions = {name: next(iter(some.values()))["precision"] for name, some in of_runs(records)}
-    each = "; ".join(f"`{name}` in {precision}" for name, precision in precisions.items())
-    notes = f"Measured on {'; '.join(machines)}; {each}."
+    each = "; ".join(f"`{name}` {conditions(runs)}" for name, runs in of_runs(records))
+    notes = f"Measured so: {each}."
     parts = ["\n".join(accuracy_table(records)), "\n".join(calibration_table(records))]
     if any("ablation" in part for part in records.values()):
         parts.append("\n".join(ablation_table(records)))
