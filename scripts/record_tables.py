@@ -87,10 +87,10 @@ def accuracy_table(records):
     ]
     for name, runs in of_runs(records):
         run, values = next(iter(runs.values())), percents(runs, "accuracy")
-        members = f"{run['members']} × " if run["members"] > 1 else ""
+        networks = f" in {run['members']}" if run["members"] > 1 else ""
         adds = median(runs, "training_multiply_adds", "scoring_multiply_adds") / 1e9
         cells = [f"`{name}`", len(runs), mean_sd(values), interval(values), f"{min(values):.2f}–{max(values):.2f}"]
-        cells += [mean_sd(percents(runs, "accuracy_undisputed")), f"{members}{run['parameters'] // run['members']:,}"]
+        cells += [mean_sd(percents(runs, "accuracy_undisputed")), f"{run['parameters']:,}{networks}"]
         cells += [
             run["epochs"],
             f"{median(runs, 'train_seconds'):.2f} + {median(runs, 'test_seconds'):.2f}",

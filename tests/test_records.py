@@ -20,10 +20,10 @@ WORDS = ("data=digits", "epochs=1", "accelerator.precision=32-true", "accelerato
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """The script, with 100 validation digits and ensembles of two, after a few runs in a folder of its own."""
+    """The script, with 100 validation digits and ensembles of three, after a few runs in a folder of its own."""
     script = SourceFileLoader("records", str(REPOSITORY / "scripts" / "records")).load_module()
     script.OUT = tmp_path_factory.mktemp("records")
-    script.VALIDATION, script.MEMBERS = 100, {"record_ensemble": 2}
+    script.VALIDATION, script.MEMBERS = 100, {"record_ensemble": {"record_ensemble": 2, "speed_99": 1}}
     assert script.main(["speed_99", "seeds=2", *WORDS, "views=5"]) == 0
     assert script.main(["ablation", "speed_99", "seeds=1", *WORDS, "views=5"]) == 0
     assert script.main(["record_ensemble", "seeds=2", *WORDS, "views=1", "architecture.blocks=[]"]) == 0
@@ -84,14 +84,18 @@ def test_an_ensemble_is_the_mean_of_its_networks_with_seeds_of_their_own(records
     assert sorted(runs) == [1, 2]
     test = load("digits", "unused")[1]
     for number, run in runs.items():
-        seeds = [2 * number - 1, 2 * number]
-        folders = [records.OUT / "record_ensemble" / f"seed_{number}" / f"seed_{seed}" for seed in seeds]
+        names = [f"record_ensemble_{2 * number - 1}", f"record_ensemble_{2 * number}", f"speed_99_{number}"]
+        folders = [records.OUT / "record_ensemble" / f"seed_{number}" / name for name in names]
         each = [load_classifier(folder).logits(test.images).softmax(1) for folder in folders]
         wrong = (torch.stack(each).mean(0).argmax(1) != test.labels).nonzero().flatten().tolist()
         assert run["incorrect"] == wrong
         members = [json.loads(folder.with_suffix(".json").read_text()) for folder in folders]
         assert run["train_seconds"] == pytest.approx(sum(member["train_seconds"] for member in members))
-        assert run["parameters"] == 2 * 7850
+        assert run["parameters"] == 3 * 7850
+        assert [load_classifier(folder).description.data.seed for folder in folders] == [
+            *(2 * number - 1, 2 * number),
+            number,
+        ]
 
 
 def test_an_ablation_takes_out_each_part_that_the_recipe_has(records):
@@ -112,7 +116,7 @@ def test_the_tables_have_every_seed(records, monkeypatch, tmp_path):
     text = record_tables.tables(recorded)
     values = [100 * run["accuracy"] for run in figures(records, "speed_99").values()]
     assert f"| `speed_99` | {len(values)} | {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} |" in text
-    assert "2 × 7,850" in text
+    assert "23,550 in 3" in text
     assert "| `speed_99` | label smoothing | 1 |" in text
     assert "| `speed_99` | several views | 1 |" in text
     assert f"{statistics.mean(values):.3f} ±" in record_tables.claim(recorded, "speed_99")
