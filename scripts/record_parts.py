@@ -1,12 +1,12 @@
-"""What can be taken out of a record's recipe, to see what it gains."""
+"""What can be taken out of a record's recipe, or put in, to see what it gains."""
 
 import yaml
 
 from mnist_cnn.config import CONF
 
 
-def without(name, settings_of):
-    """The overrides that take each part of a recipe out of it; `settings_of` gives the configuration of overrides."""
+def changes(name, settings_of):
+    """The overrides that change one part of a recipe each; `settings_of` gives the configuration of overrides."""
     config = settings_of([])
     recipe = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
     gone = [f"~optimizer.{key}" for key in recipe.get("optimizer", {}) if key != "lr"]
@@ -14,14 +14,18 @@ def without(name, settings_of):
     blocks = [f"++architecture.blocks.{number}." for number in range(len(config.architecture.blocks))]
     rest = config.optimizer.get("lr_rest", config.optimizer["lr"])
     parts = {
-        "augmentation": ["augmentation=none", *(f"augmentation.{key}=0" for key in recipe.get("augmentation", {}))],
-        "label smoothing": ["label_smoothing=0"],
-        "Muon: AdamW instead": ["optimizer=adamw", f"optimizer.lr={rest}", *gone],
-        "warm-up and decay": ["schedule=constant", *schedule],
-        "weight averaging": ["averaging=0"],
-        "several views": ["views=1"],
-        "batch norm": [f"{block}{word}" for block in blocks for word in ("batch_norm=false", "bias=true")],
-        "dropout": [f"{block}dropout=0" for block in blocks],
-        "bfloat16": ["accelerator.precision=32-true"],
+        "without augmentation": [
+            "augmentation=none",
+            *(f"augmentation.{key}=0" for key in recipe.get("augmentation", {})),
+        ],
+        "without label smoothing": ["label_smoothing=0"],
+        "AdamW instead of Muon": ["optimizer=adamw", f"optimizer.lr={rest}", *gone],
+        "without warm-up and decay": ["schedule=constant", *schedule],
+        "without weight averaging": ["averaging=0"],
+        "without batch norm": [f"{block}{word}" for block in blocks for word in ("batch_norm=false", "bias=true")],
+        "without dropout": [f"{block}dropout=0" for block in blocks],
+        "float32 instead of bfloat16": ["accelerator.precision=32-true"],
+        "with weight averaging": ["averaging=0.9"] if not config.averaging else [],
+        "with a fifth of the last block dropped out": [f"{blocks[-1]}dropout=0.2"] if blocks else [],
     }
     return {part: words for part, words in parts.items() if settings_of(words) != config}

@@ -27,7 +27,7 @@ def collected(folder):
         found[place.name] = {"calibration": json.loads(file.read_text()), "runs": in_order(runs)}
     for place in folder.glob("*/ablation/*"):
         runs = {path.stem.removeprefix("seed_"): json.loads(path.read_text()) for path in place.glob("seed_*.json")}
-        keys = ("accuracy", "accuracy_one_view", "error")
+        keys = ("accuracy", "accuracy_one_view", "accuracy_five_views", "error")
         about = {key: {name: run[name] for name in keys if name in run} for key, run in in_order(runs).items()}
         found.setdefault(place.parents[1].name, {}).setdefault("ablation", {})[place.name] = about
     return found
@@ -124,14 +124,15 @@ def calibration_table(records):
 
 
 def ablation_table(records):
-    lines = ["| recipe | without | runs | validation accuracy, % | difference |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| recipe | changed | runs | validation accuracy, % | difference |", "| --- | --- | --- | --- | --- |"]
     for name, parts in records.items():
         if "all" not in parts.get("ablation", {}):
             continue
         whole = parts["ablation"]["all"]
         rows = {part: percents(runs, "accuracy") for part, runs in parts["ablation"].items()}
-        if (one := percents(whole, "accuracy_one_view")) != rows["all"]:
-            rows["several views"] = one
+        for title, key in {"without several views": "one_view", "with five views": "five_views"}.items():
+            if (scores := percents(whole, f"accuracy_{key}")) not in ([], rows["all"]):
+                rows[title] = scores
         first = statistics.mean(rows["all"])
         for part, values in sorted(rows.items(), key=lambda row: row[0] != "all"):
             failed = len(parts["ablation"].get(part, whole)) - len(values)
@@ -181,6 +182,7 @@ def draw():
     axes = figure.add_axes((0.11, 0.13, 0.86, 0.8))
     for name, _ in of_runs(records):
         curves = records[name]["calibration"]["curves"]
+        curves = [row for row in curves if len(row) == len(curves[0])]  # an ensemble's may be of several recipes
         means = [100 * statistics.mean(values) for values in zip(*curves, strict=True)]
         axes.plot(range(1, len(means) + 1), means, marker="o", markersize=3, label=name)
     axes.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(97.5, 100), title="Learning curves of the records")
