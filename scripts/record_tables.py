@@ -145,27 +145,28 @@ def ablation_table(records):
     return lines
 
 
-def conditions(runs):
-    """What a recipe's clock depends on."""
-    run = next(iter(runs.values()))
-    rate = statistics.median(run["product_rate"] for run in runs.values())
-    return (
-        f"in {run['precision']} on {run['machine']}, {run['threads']} of them used, "
-        f"{rate:,.0f}·10⁹ operations a second in products of bfloat16 matrices, torch {run['versions']['torch']}"
-    )
+def conditions_table(records):
+    """What the recipes' clocks depend on."""
+    lines = [
+        "| recipe | precision | machine | threads | products of bfloat16 matrices, 10⁹ operations a second | torch |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs in of_runs(records):
+        run, rate = next(iter(runs.values())), median(runs, "product_rate")
+        cells = [run["precision"], run["machine"], run["threads"], f"{rate:,.0f}", run["versions"]["torch"]]
+        lines.append(f"| `{name}` | {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def tables(records):
     if not of_runs(records):
         return "Not recorded yet."
-    each = "; ".join(f"`{name}` {conditions(runs)}" for name, runs in of_runs(records))
-    notes = f"Measured so: {each}."
-    parts = ["\n".join(accuracy_table(records)), "\n".join(calibration_table(records))]
+    parts = ["\n".join(table(records)) for table in (accuracy_table, calibration_table, conditions_table)]
     if any("ablation" in part for part in records.values()):
         parts.append("\n".join(ablation_table(records)))
     pictures = {CURVES: "Validation accuracy by epoch", MISSED: "The test digits that the record misses most often"}
     parts += [f"![{text}]({path.relative_to(ROOT)})" for path, text in pictures.items() if path.exists()]
-    return "\n\n".join([*parts, notes])
+    return "\n\n".join(parts)
 
 
 def draw():
