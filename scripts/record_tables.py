@@ -152,8 +152,9 @@ def conditions_table(records):
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, runs in of_runs(records):
-        run, rate = next(iter(runs.values())), median(runs, "product_rate")
-        cells = [run["precision"], run["machine"], run["threads"], f"{rate:,.0f}", run["versions"]["torch"]]
+        run, rates = next(iter(runs.values())), [run["product_rate"] for run in runs.values() if "product_rate" in run]
+        rate = f"{statistics.median(rates):,.0f}" if rates else "not measured"
+        cells = [run["precision"], run["machine"], run["threads"], rate, run["versions"]["torch"]]
         lines.append(f"| `{name}` | {' | '.join(map(str, cells))} |")
     return lines
 

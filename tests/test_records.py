@@ -55,7 +55,7 @@ def test_a_record_over_seeds(records):
         assert run["test_seconds"] > 0
         assert classifier.description.data.seed == seed
         assert run["temperature"] != 1
-    layers = 12 * 12 * 16 * 25, 5 * 5 * 32 * 144, 3 * 3 * 64 * 288, 576 * 10
+    layers = 12 * 12 * 16 * 25, 5 * 5 * 32 * 144, 3 * 3 * 96 * 288, 864 * 10
     assert runs[1]["scoring_multiply_adds"] == 5 * 360 * sum(layers)
     assert runs[1]["training_multiply_adds"] == 1437 * (2 * layers[0] + 3 * sum(layers[1:]))
 
@@ -113,7 +113,7 @@ def test_an_ablation_changes_one_part_each(records):
         part: json.loads((records.OUT / "speed_99" / "ablation" / part / "seed_1.json").read_text()) for part in parts
     }
     assert len({run["parameters"] for part, run in runs.items() if part != "without batch norm"}) == 1
-    assert runs["without batch norm"]["parameters"] == runs["all"]["parameters"] - (16 + 32 + 64)
+    assert runs["without batch norm"]["parameters"] == runs["all"]["parameters"] - (16 + 32 + 96)
     assert runs["all"]["test_seconds"] is None
 
 
