@@ -25,7 +25,7 @@ def collected(folder):
         place = file.parent
         runs = {path.stem.removeprefix("seed_"): json.loads(path.read_text()) for path in place.glob("seed_*.json")}
         found[place.name] = {"calibration": json.loads(file.read_text()), "runs": in_order(runs)}
-    for place in folder.glob("*/ablation/*"):
+    for place in sorted(folder.glob("*/ablation/*")):
         runs = {path.stem.removeprefix("seed_"): json.loads(path.read_text()) for path in place.glob("seed_*.json")}
         keys = ("accuracy", "accuracy_one_view", "accuracy_five_views", "error")
         about = {key: {name: run[name] for name in keys if name in run} for key, run in in_order(runs).items()}
