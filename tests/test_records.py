@@ -23,7 +23,7 @@ def records(tmp_path_factory):
     """The script, with 100 validation digits and ensembles of three, after a few runs in a folder of its own."""
     script = SourceFileLoader("records", str(REPOSITORY / "scripts" / "records")).load_module()
     script.OUT = tmp_path_factory.mktemp("records")
-    script.VALIDATION, script.MEMBERS = 100, {"record_ensemble": {"record_ensemble": 2, "speed_99": 1}}
+    script.VALIDATION, script.MEMBERS = 100, {"record_ensemble": {"record_ensemble": 2, "record_single": 1}}
     assert script.main(["speed_99", "seeds=2", *WORDS, "views=5"]) == 0
     assert script.main(["ablation", "speed_99", "seeds=1", *WORDS, "views=5"]) == 0
     assert script.main(["record_ensemble", "seeds=2", *WORDS, "views=1", "architecture.blocks=[]"]) == 0
@@ -84,8 +84,9 @@ def test_an_ensemble_is_the_mean_of_its_networks_with_seeds_of_their_own(records
     assert sorted(runs) == [1, 2]
     test = load("digits", "unused")[1]
     for number, run in runs.items():
-        names = [f"record_ensemble_{2 * number - 1}", f"record_ensemble_{2 * number}", f"speed_99_{number}"]
-        folders = [records.OUT / "record_ensemble" / f"seed_{number}" / name for name in names]
+        own = [f"seed_{number}/record_ensemble_{seed}" for seed in (2 * number - 1, 2 * number)]
+        folders = [records.OUT / "record_ensemble" / name for name in own]
+        folders.append(records.OUT / "record_single" / f"seed_{number}")  # the other record's own run
         each = [load_classifier(folder).logits(test.images).softmax(1) for folder in folders]
         wrong = (torch.stack(each).mean(0).argmax(1) != test.labels).nonzero().flatten().tolist()
         assert run["incorrect"] == wrong
