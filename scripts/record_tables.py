@@ -187,6 +187,7 @@ def draw():
         curves = [row for row in curves if len(row) == len(curves[0])]  # an ensemble's may be of several recipes
         means = [100 * statistics.mean(values) for values in zip(*curves, strict=True)]
         axes.plot(range(1, len(means) + 1), means, marker="o", markersize=3, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(97.5, 100), title="Learning curves of the records")
     axes.grid(alpha=0.3)
     axes.legend()
