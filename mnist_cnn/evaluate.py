@@ -11,11 +11,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mnist_cnn.command import plain, run_command
-from mnist_cnn.config import CONF, Evaluate
-from mnist_cnn.jobs import guarded
-from mnist_cnn.runs import write_csv, write_whole
-from mnist_cnn.schema import UserError, validated
+from mnist_cnn.config.schema import UserError, validated
+from mnist_cnn.config.settings import CONF, Evaluate
+from mnist_cnn.runs.folder import write_csv, write_whole
+from mnist_cnn.runs.hydra_app import plain, run_command
+from mnist_cnn.runs.jobs import guarded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,9 +37,9 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
     """Score a checkpoint, and leave evaluation.json, incorrect.csv and plots/ in `folder`."""
     import torch
 
-    from mnist_cnn.datamodule import MNISTDataModule
-    from mnist_cnn.inference import load_classifier, together
-    from mnist_cnn.metrics import per_class_table, score
+    from mnist_cnn.data.datamodule import MNISTDataModule
+    from mnist_cnn.inference.classifier import load_classifier, together
+    from mnist_cnn.inference.metrics import per_class_table, score
 
     classifier = load_classifier(config.checkpoint, config.accelerator.name, config.views)
     if config.accelerator.threads:
@@ -85,7 +85,7 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
     }
     write_whole(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
     if config.plots:
-        from mnist_cnn import plots
+        from mnist_cnn.inference import plots
 
         plots.results(folder / "plots", digits.images, digits.labels, predicted, scores, data.classes)
 
@@ -105,9 +105,9 @@ def calibrate(checkpoint: str, logits: Tensor, labels: Tensor, before: float) ->
 
     Guo et al., On Calibration of Modern Neural Networks, 2017: the accuracy stays as it is.
     """
-    from mnist_cnn.checkpoint import find_checkpoint, read_checkpoint, save_weights
-    from mnist_cnn.inference import together
-    from mnist_cnn.metrics import score, temperature_of
+    from mnist_cnn.inference.classifier import together
+    from mnist_cnn.inference.metrics import score, temperature_of
+    from mnist_cnn.models.checkpoint import find_checkpoint, read_checkpoint, save_weights
 
     path = find_checkpoint(checkpoint)
     content, description = read_checkpoint(path)

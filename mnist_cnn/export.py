@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from mnist_cnn.command import plain, run_command
-from mnist_cnn.config import CONF, Export
-from mnist_cnn.jobs import guarded
-from mnist_cnn.runs import whole
-from mnist_cnn.schema import UserError, validated
+from mnist_cnn.config.schema import UserError, validated
+from mnist_cnn.config.settings import CONF, Export
+from mnist_cnn.runs.folder import whole
+from mnist_cnn.runs.hydra_app import plain, run_command
+from mnist_cnn.runs.jobs import guarded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mnist_cnn.checkpoint import Description
+    from mnist_cnn.models.checkpoint import Description
 
 log = logging.getLogger(__name__)
 BATCHES = (1, 7, 256)
@@ -44,8 +44,8 @@ def export(config: Export) -> Path:
     Raises:
         UserError: the checkpoint cannot be read, a package is missing, or the probabilities differ.
     """
-    from mnist_cnn.checkpoint import rebuild
-    from mnist_cnn.inference import load_classifier
+    from mnist_cnn.inference.classifier import load_classifier
+    from mnist_cnn.models.checkpoint import rebuild
 
     network, description = rebuild(config.checkpoint)
     output = Path(config.output)
@@ -114,7 +114,7 @@ def write_onnx(network: nn.Module, description: Description, path: Path) -> Call
     import onnxscript  # noqa: F401 — what torch writes the file with
     import torch
 
-    from mnist_cnn.inference import load_classifier
+    from mnist_cnn.inference.classifier import load_classifier
 
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -145,7 +145,7 @@ def write_torch_export(network: nn.Module, description: Description, path: Path)
 def write_safetensors(network: nn.Module, description: Description, path: Path) -> Callable[[Tensor], Tensor]:
     from safetensors.torch import save_file
 
-    from mnist_cnn.inference import load_classifier
+    from mnist_cnn.inference.classifier import load_classifier
 
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(weights, path, metadata={"mnist_cnn": described_in_json(description)})
@@ -154,7 +154,7 @@ def write_safetensors(network: nn.Module, description: Description, path: Path) 
 
 
 def described_in_json(description: Description) -> str:
-    from mnist_cnn.checkpoint import FORMAT
+    from mnist_cnn.models.checkpoint import FORMAT
 
     return json.dumps({**description.model_dump(), "format": FORMAT})
 

@@ -12,12 +12,12 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from mnist_cnn.command import plain, run_command
-from mnist_cnn.config import CONF, Import
-from mnist_cnn.jobs import guarded
-from mnist_cnn.keras_layers import Converted, converted
-from mnist_cnn.schema import UserError, validated
-from mnist_cnn.specification import MAXIMUM_PARAMETERS
+from mnist_cnn.config.architecture import MAXIMUM_PARAMETERS
+from mnist_cnn.config.schema import UserError, validated
+from mnist_cnn.config.settings import CONF, Import
+from mnist_cnn.models.keras_layers import Converted, converted
+from mnist_cnn.runs.hydra_app import plain, run_command
+from mnist_cnn.runs.jobs import guarded
 
 log = logging.getLogger(__name__)
 MAXIMUM_CONFIG = 2**24  # bytes
@@ -81,9 +81,9 @@ def write(network: Converted, output: Path) -> None:
     """The checkpoint; it says nothing of the data but that it was MNIST's."""
     import torch
 
-    from mnist_cnn.architectures import ConvNet
-    from mnist_cnn.checkpoint import FORMAT, Description, save_weights
-    from mnist_cnn.runs import versions
+    from mnist_cnn.models.checkpoint import FORMAT, Description, save_weights
+    from mnist_cnn.models.convnet import ConvNet
+    from mnist_cnn.runs.folder import versions
 
     net = ConvNet(network.specification, network.classes, network.mean, network.standard_deviation)
     state = net.state_dict()

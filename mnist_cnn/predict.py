@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hydra
 from omegaconf import DictConfig
 
-from mnist_cnn.command import plain, run_command
-from mnist_cnn.config import CONF, Predict
-from mnist_cnn.jobs import guarded
-from mnist_cnn.schema import UserError, validated
+from mnist_cnn.config.schema import UserError, validated
+from mnist_cnn.config.settings import CONF, Predict
+from mnist_cnn.runs.hydra_app import plain, run_command
+from mnist_cnn.runs.jobs import guarded
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mnist_cnn.inference import Classifier
-    from mnist_cnn.pictures import Source
+    from mnist_cnn.inference.classifier import Classifier
+    from mnist_cnn.inference.image_files import Source
 
 log = logging.getLogger(__name__)
 BATCH = 500  # pictures in memory at once
@@ -48,7 +48,7 @@ class Read(NamedTuple):
 
 def predict(config: Predict) -> None:
     """Print or write the label and the probabilities of each picture; exit status 1 where one could not be read."""
-    from mnist_cnn.pictures import sources
+    from mnist_cnn.inference.image_files import sources
 
     words = [word for word in config.images if not word.startswith("-")]
     if missing := [word for word in words if "*" not in word and word[0] != "@" and not Path(word).exists()]:
@@ -57,9 +57,9 @@ def predict(config: Predict) -> None:
     import torch
     from tqdm import tqdm
 
-    from mnist_cnn.images import form_for
-    from mnist_cnn.inference import load_classifier
-    from mnist_cnn.predictions import writer_for
+    from mnist_cnn.inference.classifier import load_classifier
+    from mnist_cnn.inference.digit_image import form_for
+    from mnist_cnn.inference.predictions import writer_for
 
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
@@ -99,7 +99,7 @@ def classify(reads: list[Read], classifier: Classifier, top_k: int) -> list[dict
     import numpy as np
     import torch
 
-    from mnist_cnn.predictions import row_of
+    from mnist_cnn.inference.predictions import row_of
 
     digits = [one.digit for one in reads if one.digit is not None]
     stacked = np.stack(digits)[:, None] if digits else np.zeros((0, 1, 28, 28), np.uint8)
@@ -123,7 +123,7 @@ def thumbnail_of(picture: Any) -> NDArray[np.uint8]:
     import numpy as np
     from PIL import Image, ImageOps
 
-    from mnist_cnn.images import channels_of
+    from mnist_cnn.inference.digit_image import channels_of
 
     colours = np.asarray(channels_of(picture)).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours)
@@ -131,7 +131,7 @@ def thumbnail_of(picture: Any) -> NDArray[np.uint8]:
 
 
 def draw(shown: list[tuple[Read, dict[str, Any]]], path: Path) -> None:
-    from mnist_cnn import plots
+    from mnist_cnn.inference import plots
 
     pictures = [(one.thumbnail, one.digit, f"{row['label']}  {row['probability']:.1%}") for one, row in shown]
     plots.predictions(pictures, path)

@@ -17,17 +17,17 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mnist_cnn.command import plain, refuse, run_command
-from mnist_cnn.config import CONF
-from mnist_cnn.jobs import guarded
-from mnist_cnn.parameters import Sweep
-from mnist_cnn.runs import refuse_occupied, write_whole
-from mnist_cnn.schema import RunError, UserError, validated
-from mnist_cnn.space import OWN, Space, compose, key_of, study_name
+from mnist_cnn.config.parameters import Sweep
+from mnist_cnn.config.schema import RunError, UserError, validated
+from mnist_cnn.config.settings import CONF
+from mnist_cnn.runs.folder import refuse_occupied, write_whole
+from mnist_cnn.runs.hydra_app import plain, refuse, run_command
+from mnist_cnn.runs.jobs import guarded
+from mnist_cnn.search.space import OWN, Space, compose, key_of, study_name
 
 if TYPE_CHECKING:
-    from mnist_cnn.fit import Metrics
-    from mnist_cnn.study import SharedStudy
+    from mnist_cnn.search.study import SharedStudy
+    from mnist_cnn.training.fit import Metrics
 
 log = logging.getLogger("mnist-sweep")
 
@@ -42,7 +42,7 @@ def job(config: DictConfig) -> Any:
         for package in ("optuna", "plotly"):
             if not importlib.util.find_spec(package):
                 raise UserError(f"mnist-sweep needs the package {package}: pip install 'mnist-cnn[sweep]'")
-        from mnist_cnn.storage import StorageError, reason_of
+        from mnist_cnn.search.storage import StorageError, reason_of
 
         overrides = list(HydraConfig.get().overrides.task)
         try:
@@ -74,10 +74,10 @@ def search(settings: Sweep, overrides: list[str], sweep: str) -> None:
         raise UserError(f"sweep={sweep}: {error}") from None
     name = settings.study or study_name(sweep, overrides)
 
-    from mnist_cnn.crew import Crew
-    from mnist_cnn.report import Progress
-    from mnist_cnn.storage import patiently, shown
-    from mnist_cnn.trials import PARENT, Worker, stopped_by_signals
+    from mnist_cnn.search.crew import Crew
+    from mnist_cnn.search.report import Progress
+    from mnist_cnn.search.storage import patiently, shown
+    from mnist_cnn.search.trials import PARENT, Worker, stopped_by_signals
 
     with stopped_by_signals() as stop:
         if PARENT in os.environ:  # a local worker: the command that began it says what there is to say
@@ -106,7 +106,7 @@ def joined(settings: Sweep, space: Space, name: str) -> SharedStudy:
     Raises:
         UserError: the folder is another's, the storage is not reached, or its study of that name is another.
     """
-    from mnist_cnn.study import SharedStudy
+    from mnist_cnn.search.study import SharedStudy
 
     folder = Path(settings.folder or Path("outputs", "sweep", name))
     refuse_occupied(folder)
@@ -130,7 +130,7 @@ def joined(settings: Sweep, space: Space, name: str) -> SharedStudy:
 
 def describe(folder: Path, name: str, settings: Sweep) -> None:
     """Write what finds the study again; a password stays out of it."""
-    from mnist_cnn.storage import without_password
+    from mnist_cnn.search.storage import without_password
 
     storage = without_password(settings.storage) if settings.storage else None
     about = {"study": name, "metric": settings.metric, "storage": storage, "retries": settings.retries}
@@ -147,7 +147,7 @@ def described(folder: Path) -> dict[str, Any]:
 
 def existing(settings: Sweep, folder: Path) -> SharedStudy:
     """The study of a folder; `storage=` again where its address needs a password."""
-    from mnist_cnn.study import SharedStudy
+    from mnist_cnn.search.study import SharedStudy
 
     about = described(folder)
     storage = settings.storage or about["storage"]
@@ -161,7 +161,7 @@ def conclude(shared: SharedStudy) -> None:
     Raises:
         RunError: no trial is complete.
     """
-    from mnist_cnn.report import parameters, state, write_report
+    from mnist_cnn.search.report import parameters, state, write_report
 
     best, now = write_report(shared), shared.tally()
     log.info("%s", state(shared, now, now.begun))
@@ -175,7 +175,7 @@ def conclude(shared: SharedStudy) -> None:
 
 def retrain(shared: SharedStudy, overrides: list[str]) -> None:
     """Train the best trial on its own seed and the four after it, each scored on the test set; mean ± sd."""
-    from mnist_cnn.report import best_of, figure
+    from mnist_cnn.search.report import best_of, figure
 
     best = best_of(shared, shared.tally())
     if best is None:
@@ -214,8 +214,8 @@ def retrain(shared: SharedStudy, overrides: list[str]) -> None:
 
 def retrained(shared: SharedStudy, overrides: list[str], seed: int) -> Metrics:
     """A run in the study's folder, which a later call finds done or continues."""
-    from mnist_cnn.fit import fit
-    from mnist_cnn.trials import logged
+    from mnist_cnn.search.trials import logged
+    from mnist_cnn.training.fit import fit
 
     folder = shared.folder / "retrain" / f"seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,18 +19,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_cnn.command import in_one_line, plain, run_command
-from mnist_cnn.config import CONF, Train
-from mnist_cnn.follow import take_part
-from mnist_cnn.jobs import claim, discard, guarded, plain_job
-from mnist_cnn.multirun import swept
-from mnist_cnn.ranks import outside
-from mnist_cnn.schema import UserError, validated
-from mnist_cnn.table import state
-from mnist_cnn.worker import own_share
+from mnist_cnn.config.schema import UserError, validated
+from mnist_cnn.config.settings import CONF, Train
+from mnist_cnn.runs.hydra_app import in_one_line, plain, run_command
+from mnist_cnn.runs.jobs import claim, discard, guarded, plain_job
+from mnist_cnn.runs.multirun import swept
+from mnist_cnn.runs.table import state
+from mnist_cnn.runs.worker import own_share
+from mnist_cnn.training.follow import take_part
+from mnist_cnn.training.ranks import outside
 
 if TYPE_CHECKING:
-    from mnist_cnn.fit import Metrics
+    from mnist_cnn.training.fit import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def job(config: DictConfig) -> Metrics | None:
             settings = own_share(settings)
             if left == "interrupted":  # with its own settings, which were compared before the sweep went on
                 settings, overrides = settings.model_copy(update={"resume": str(folder)}), []
-        from mnist_cnn.fit import fit
+        from mnist_cnn.training.fit import fit
 
         return fit(settings, folder, overrides, details.runtime.choices)
 
@@ -91,7 +91,7 @@ def train(config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:
         by_user = any(word.startswith("hydra.run.dir=") for word in overrides)
         folder = Path(settings.resume or claim(Path(composed.hydra.run.dir), by_user)).absolute()
         settings = validated(Train, plain_job(composed, folder))  # loggers write into the folder
-        from mnist_cnn.fit import fit
+        from mnist_cnn.training.fit import fit
 
         return fit(settings, folder, overrides, {} if isinstance(config, Mapping) else composed.hydra.runtime.choices)
     except (UserError, OmegaConfBaseException) as error:

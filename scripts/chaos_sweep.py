@@ -190,7 +190,7 @@ def tables(record):
 
 
 def main():
-    from mnist_cnn.runs import git_commit, versions
+    from mnist_cnn.runs.folder import git_commit, versions
 
     parser = argparse.ArgumentParser(usage=__doc__.partition("usage: ")[2])
     for name, count in {"trials": 40, "kills": 2, "flat": 500, "seed": 1}.items():

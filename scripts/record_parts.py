@@ -2,7 +2,7 @@
 
 import yaml
 
-from mnist_cnn.config import CONF
+from mnist_cnn.config.settings import CONF
 
 
 def changes(name, settings_of):

@@ -176,8 +176,8 @@ def draw():
 
     from matplotlib.figure import Figure
 
-    from mnist_cnn.datasets import load
-    from mnist_cnn.plots import INK, _grid
+    from mnist_cnn.data.datasets import load
+    from mnist_cnn.inference.plots import INK, _grid
 
     records = recorded()
     figure = Figure(figsize=(7, 4))

@@ -227,7 +227,7 @@ def digit(tmp_path_factory) -> Path:
     """A picture of 28×28 of the first of scikit-learn's test digits."""
     from PIL import Image
 
-    from mnist_cnn.datasets import load
+    from mnist_cnn.data.datasets import load
 
     path = tmp_path_factory.mktemp("pictures") / "digit 0 (first).png"
     Image.fromarray(load("digits", "unused")[1].images[0, 0].numpy()).save(path)

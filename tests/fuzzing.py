@@ -29,11 +29,12 @@ import torch
 from PIL import Image
 
 import mnist_cnn
-from mnist_cnn import datasets, fit, parts
-from mnist_cnn.images import mnist_form
-from mnist_cnn.inference import load_classifier
-from mnist_cnn.pictures import read_picture, sources
-from mnist_cnn.schema import UserError
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.data import datasets
+from mnist_cnn.inference.classifier import load_classifier
+from mnist_cnn.inference.digit_image import mnist_form
+from mnist_cnn.inference.image_files import read_picture, sources
+from mnist_cnn.training import fit, parts
 
 SECONDS, MEBIBYTES = 2, 500
 DIGITS = datasets.load("digits", "")
@@ -174,7 +175,7 @@ def configuration(words):
         os.chdir(folder)
         patched.callback(os.chdir, here)
         patched.enter_context(patch.object(fit, "fit", built))
-        patched.enter_context(patch("mnist_cnn.datamodule.load", lambda name, root: DIGITS))
+        patched.enter_context(patch("mnist_cnn.data.datamodule.load", lambda name, root: DIGITS))
         refused(lambda: mnist_cnn.train(words))
 
 

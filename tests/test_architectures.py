@@ -7,8 +7,8 @@ from conftest import ARCHITECTURES, CONF
 from torch import nn
 from torch.nn import functional as F
 
-from mnist_cnn.architectures import ConvNet, Dropout, summary
-from mnist_cnn.schema import UserError
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.models.convnet import ConvNet, Dropout, summary
 
 
 def shipped(name):

@@ -5,8 +5,8 @@ import torch
 import torchvision
 from conftest import REPOSITORY
 
-from mnist_cnn.datamodule import MNISTDataModule
-from mnist_cnn.schema import UserError
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.data.datamodule import MNISTDataModule
 
 
 def ready(**settings):

@@ -16,10 +16,10 @@ from test_recipes import ALL as RECIPE
 from test_resume import SETTINGS as DROPOUT
 from test_train import metrics, weights
 
-from mnist_cnn.checkpoint import read_checkpoint
-from mnist_cnn.datamodule import Batches
-from mnist_cnn.datasets import Digits
-from mnist_cnn.ranks import Group
+from mnist_cnn.data.datamodule import Batches
+from mnist_cnn.data.datasets import Digits
+from mnist_cnn.models.checkpoint import read_checkpoint
+from mnist_cnn.training.ranks import Group
 
 # Without dropout. The last batch, of 13 or 15 digits, is one that two ranks cannot share evenly.
 SETTINGS = ("data=digits", "plots=false", "data.batch_size=64", "architecture=conv10", "accelerator=cpu")
@@ -37,7 +37,7 @@ def ranks_of(pid):
     found = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         with suppress(OSError):  # it has just ended
-            if b"mnist_cnn.follow" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"mnist_cnn.training.follow" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(int(child))
     return found
 

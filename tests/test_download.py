@@ -16,8 +16,8 @@ import torch
 import torchvision
 from conftest import PATIENCE
 
-from mnist_cnn import datasets, download
-from mnist_cnn.schema import UserError
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.data import datasets, download
 
 
 def idx(array):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from mnist_cnn import load_classifier
-from mnist_cnn.datamodule import MNISTDataModule
-from mnist_cnn.datasets import load
-from mnist_cnn.metrics import score, wilson_interval
-from mnist_cnn.schema import UserError
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.data.datamodule import MNISTDataModule
+from mnist_cnn.data.datasets import load
+from mnist_cnn.inference.metrics import score, wilson_interval
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +130,8 @@ def test_lightnings_own_test_loop_scores_every_digit_once(trained, test_digits):
     """The LightningModule and DataModule are public: a Trainer of the user's own gets the same figures."""
     import pytorch_lightning as pl
 
-    from mnist_cnn.checkpoint import rebuild
-    from mnist_cnn.classifier import DigitClassifier
+    from mnist_cnn.models.checkpoint import rebuild
+    from mnist_cnn.training.module import DigitClassifier
 
     network, _ = rebuild(trained)
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")

@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from PIL import Image
 
-from mnist_cnn.images import mnist_form
-from mnist_cnn.pictures import read_picture
+from mnist_cnn.inference.digit_image import mnist_form
+from mnist_cnn.inference.image_files import read_picture
 
 COUNTS = {"configurations": 2000, "idx files": 2000, "pictures": 2000, "checkpoints": 500}
 

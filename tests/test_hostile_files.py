@@ -17,8 +17,8 @@ from test_messages import said
 
 import mnist_cnn.predict  # noqa: F401 - what it imports is not of the seconds below
 from mnist_cnn import load_classifier
-from mnist_cnn.checkpoint import FORMAT
-from mnist_cnn.schema import UserError
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.models.checkpoint import FORMAT
 
 SECONDS, MEBIBYTES = 2, 500  # seconds of the thread's own work: another test may go on beside it
 

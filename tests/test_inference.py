@@ -13,9 +13,9 @@ from PIL import Image
 from test_messages import said
 
 from mnist_cnn import load_classifier
-from mnist_cnn.datasets import load
-from mnist_cnn.images import in_mnist_form, mnist_form
-from mnist_cnn.schema import UserError
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.data.datasets import load
+from mnist_cnn.inference.digit_image import in_mnist_form, mnist_form
 
 
 def drawn():
@@ -234,7 +234,7 @@ def test_an_ensemble_is_the_mean_of_its_probabilities(run, trained, folder):
 
 
 def test_calibration_writes_one_temperature_into_a_new_checkpoint(run, trained, tmp_path):
-    from mnist_cnn.metrics import score
+    from mnist_cnn.inference.metrics import score
 
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     for part in ("weight", "bias"):

@@ -21,9 +21,9 @@ import yaml
 from conftest import CONF, TUTORIALS
 from torch.nn import functional as F
 
-from mnist_cnn.architectures import ConvNet
-from mnist_cnn.datasets import load
-from mnist_cnn.optimizers import KerasAdam, KerasRMSprop
+from mnist_cnn.data.datasets import load
+from mnist_cnn.models.convnet import ConvNet
+from mnist_cnn.training.optimizers import KerasAdam, KerasRMSprop
 
 # Keras brings absl's log handler, which would close pytest's captured stream when Hydra sets up its own logging.
 absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)

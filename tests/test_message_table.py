@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from PIL import Image
 from test_messages import CHANGES, CHECKPOINTS, SETTINGS, said
 
-from mnist_cnn import runs
+from mnist_cnn.runs import folder as runs
 
 CONV = ("Conv2D", {"kernel_size": 3, "strides": 1, "filters": 1, "activation": "relu"}, (3, 3, 1, 1), (1,))
 LINEAR = (CONV[0], {**CONV[1], "activation": "linear"}, *CONV[2:])

@@ -14,7 +14,8 @@ from conftest import equal, outcome, processes, wait_until
 from test_messages import said
 from test_resume import NETWORK, STEPS
 
-from mnist_cnn import fit, jobs
+from mnist_cnn.runs import jobs
+from mnist_cnn.training import fit
 
 TRAIN = ("-m", "mnist_cnn.train", "-m", "hydra.sweep.dir=sweep")
 ONE_THREAD = "accelerator.threads=1"
@@ -170,7 +171,7 @@ def test_a_signal_between_two_jobs(run, tmp_path, monkeypatch, signum):
 
 
 def test_two_sweeps_at_once_and_two_jobs_never_share_a_folder(run, tmp_path):
-    from mnist_cnn.runs import alone_in
+    from mnist_cnn.runs.folder import alone_in
 
     said(run("mnist-train", "-m", *SMALL, "seed=1,2", "hydra.sweep.subdir=x"), "the folder of jobs 0 and 1 alike")
     assert not list(tmp_path.iterdir())

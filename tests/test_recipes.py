@@ -13,16 +13,16 @@ from test_train import metrics, same, weights
 from torch.nn import functional as F
 
 from mnist_cnn import load_classifier
-from mnist_cnn.architectures import ConvNet
-from mnist_cnn.augmentation import Affine, warped
-from mnist_cnn.checkpoint import read_checkpoint
-from mnist_cnn.classifier import DigitClassifier
-from mnist_cnn.config import Augmentation
-from mnist_cnn.datasets import load
-from mnist_cnn.inference import shifted, together
-from mnist_cnn.metrics import temperature_of
-from mnist_cnn.muon import Muon, orthogonalized
-from mnist_cnn.optimizers import linear
+from mnist_cnn.config.settings import Augmentation
+from mnist_cnn.data.augmentation import Affine, warped
+from mnist_cnn.data.datasets import load
+from mnist_cnn.inference.classifier import shifted, together
+from mnist_cnn.inference.metrics import temperature_of
+from mnist_cnn.models.checkpoint import read_checkpoint
+from mnist_cnn.models.convnet import ConvNet
+from mnist_cnn.training.module import DigitClassifier
+from mnist_cnn.training.muon import Muon, orthogonalized
+from mnist_cnn.training.optimizers import linear
 
 ALL = (
     "augmentation=affine",
@@ -97,7 +97,7 @@ def test_each_digit_is_warped_by_draws_of_its_own_that_a_seed_fixes(digits):
 
 
 def test_draws_stay_within_their_bounds_and_reach_them(digits, monkeypatch):
-    from mnist_cnn import augmentation
+    from mnist_cnn.data import augmentation
 
     seen = []
     monkeypatch.setattr(augmentation, "warped", lambda images, amounts: seen.append(amounts))
@@ -287,7 +287,7 @@ def test_an_interrupted_recipe_resumes_to_the_same_bits(run, tmp_path, signalled
 
 def test_stretches_end_where_they_would_have(run, tmp_path, signalled, monkeypatch):
     """Several to an epoch: an average is moved at each one's end, wherever the run was stopped."""
-    from mnist_cnn import datamodule
+    from mnist_cnn.data import datamodule
 
     monkeypatch.setattr(datamodule, "STRETCH", 300)
     assert run("mnist-train", *SETTINGS, *ALL, "hydra.run.dir=whole").status == 0

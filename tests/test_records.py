@@ -10,7 +10,7 @@ import torch
 from conftest import CONF, REPOSITORY
 
 from mnist_cnn import load_classifier
-from mnist_cnn.datasets import load
+from mnist_cnn.data.datasets import load
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import record_tables
@@ -133,7 +133,7 @@ def test_the_tables_have_every_seed(records, monkeypatch, tmp_path):
 
 
 def test_the_pictures_are_drawn_of_what_is_recorded(records, monkeypatch, tmp_path):
-    from mnist_cnn import datasets
+    from mnist_cnn.data import datasets
 
     for name in ("RECORDS", "CURVES", "MISSED"):
         monkeypatch.setattr(record_tables, name, tmp_path / f"{name}.png")

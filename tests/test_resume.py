@@ -13,9 +13,11 @@ from conftest import equal, outcome, wait_until
 from test_messages import said
 from test_train import metrics
 
-from mnist_cnn import datamodule, resume, runs
-from mnist_cnn.checkpoint import read_checkpoint
-from mnist_cnn.classifier import DigitClassifier
+from mnist_cnn.data import datamodule
+from mnist_cnn.models.checkpoint import read_checkpoint
+from mnist_cnn.runs import folder as runs
+from mnist_cnn.training import resume
+from mnist_cnn.training.module import DigitClassifier
 
 NETWORK = (  # small, with dropout, whose random numbers are part of what must continue
     "architecture.blocks=[{filters:4,kernel:5,pool:4,dropout:0.25}]",
@@ -246,7 +248,7 @@ def test_a_config_that_was_changed_by_hand_is_refused(run, tmp_path, failing):
 
 
 def test_out_of_memory_names_batch_size_and_network(run, monkeypatch):
-    from mnist_cnn.architectures import ConvNet
+    from mnist_cnn.models.convnet import ConvNet
 
     def forward(network, images):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

@@ -11,12 +11,12 @@ from conftest import CONF, TUTORIALS
 from torch.nn import functional as F
 
 from mnist_cnn import train
-from mnist_cnn.architectures import ConvNet, Dropout
-from mnist_cnn.classifier import DigitClassifier
-from mnist_cnn.datamodule import MNISTDataModule
-from mnist_cnn.datasets import load
-from mnist_cnn.optimizers import KerasAdam
-from mnist_cnn.schema import UserError
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.data.datamodule import MNISTDataModule
+from mnist_cnn.data.datasets import load
+from mnist_cnn.models.convnet import ConvNet, Dropout
+from mnist_cnn.training.module import DigitClassifier
+from mnist_cnn.training.optimizers import KerasAdam
 
 FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 

@@ -26,12 +26,13 @@ from PIL import Image
 from test_messages import said
 from test_train import metrics, same, weights
 
-from mnist_cnn import crew, fit
-from mnist_cnn.study import SharedStudy
-from mnist_cnn.study import tally as of_study
-from mnist_cnn.study_page import page
-from mnist_cnn.study_plots import Axis, pictures
-from mnist_cnn.trials import Worker
+from mnist_cnn.search import crew
+from mnist_cnn.search.study import SharedStudy
+from mnist_cnn.search.study import tally as of_study
+from mnist_cnn.search.study_page import page
+from mnist_cnn.search.study_plots import Axis, pictures
+from mnist_cnn.search.trials import Worker
+from mnist_cnn.training import fit
 
 COMMAND = ("-m", "mnist_cnn.sweep")
 QUICK = ("data=digits", "epochs=1", "architecture=conv10")

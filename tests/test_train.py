@@ -16,8 +16,8 @@ import yaml
 from conftest import ARCHITECTURES, CONF, TUTORIALS, equal, on_a_terminal, outcome
 
 import mnist_cnn
-from mnist_cnn.checkpoint import read_checkpoint
-from mnist_cnn.schema import UserError
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.models.checkpoint import read_checkpoint
 
 QUICK = ("data=digits", "epochs=1", "plots=false", "architecture=conv10")
 METRICS = {
@@ -350,7 +350,7 @@ def test_freeze_blocks_trains_only_the_dense_part(run, trained):
 
 
 def test_other_classes_get_a_new_last_layer(run, trained, monkeypatch):
-    from mnist_cnn import datasets
+    from mnist_cnn.data import datasets
 
     monkeypatch.setitem(datasets.CLASSES, "digits", list("abcdefghij"))
     folder = run("mnist-train", *QUICK[:3], f"initialize={trained}", "freeze=blocks", "optimizer.lr=1e-12").folder()

@@ -33,10 +33,10 @@ def bare(recipe, precision, epochs, *overrides):
     from omegaconf import OmegaConf
     from torch.nn import functional as F
 
-    from mnist_cnn.architectures import ConvNet
-    from mnist_cnn.config import CONF
-    from mnist_cnn.datamodule import MNISTDataModule
-    from mnist_cnn.fit import keep_memory
+    from mnist_cnn.config.settings import CONF
+    from mnist_cnn.data.datamodule import MNISTDataModule
+    from mnist_cnn.models.convnet import ConvNet
+    from mnist_cnn.training.fit import keep_memory
 
     keep_memory()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -85,8 +85,8 @@ def stock(recipe, precision, epochs):
     from torchvision import transforms
     from torchvision.datasets import MNIST
 
-    from mnist_cnn.config import CONF
-    from mnist_cnn.progress import quiet
+    from mnist_cnn.config.settings import CONF
+    from mnist_cnn.training.progress import quiet
 
     quiet()
     pl.seed_everything(1, verbose=False)

@@ -13,10 +13,10 @@ from PIL import Image
 
 from benchmarks.turns import DATA, RECIPES, TURNS, ours, ratio, spread, timed
 from mnist_cnn import load_classifier
-from mnist_cnn.config import Export, Predict
-from mnist_cnn.datasets import load
+from mnist_cnn.config.settings import Export, Predict
+from mnist_cnn.data.datasets import load
 from mnist_cnn.export import export
-from mnist_cnn.metrics import score
+from mnist_cnn.inference.metrics import score
 from mnist_cnn.predict import predict as classify
 
 

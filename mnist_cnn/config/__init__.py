@@ -1,0 +1,1 @@
+"""Configurations and their checks; imports no torch."""

@@ -1,0 +1,1 @@
+"""MNIST and its like as batches of uint8."""

@@ -1,0 +1,1 @@
+"""From any picture to labels, and figures of a classifier."""

@@ -1,0 +1,213 @@
+"""Any picture of one digit in MNIST's own form, as its authors describe it (yann.lecun.com/exdb/mnist, 1998):
+
+the digit scaled into 20×20 with its aspect ratio kept and its edges anti-aliased, its centre of mass moved to the
+centre of 28×28, the ink bright. The one implementation of the commands and of the Python interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from mnist_cnn.config.architecture import IMAGE_SIZE
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.inference.ink import find_ink
+
+Pixels = NDArray[Any]
+DIGIT_SIZE = 20  # the longer side of the digit
+CENTRE = 14  # the pixel in which MNIST's centres of mass lie
+STROKE = 1.5  # the thinnest stroke that is left as it is, in pixels of the form: MNIST's own is 2 to 4
+MAXIMUM_PIXELS = 65_000_000  # a camera of 64 megapixels
+SAMPLE = 500_000  # pixels, of which a large picture's colours are told
+
+
+def mnist_form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
+    """A picture of one digit to uint8 (28, 28) in MNIST's form: pixels 0–255, ink bright on 0.
+
+    Args:
+        picture: a PIL image of any mode, or an array (H, W), (H, W, 3) or (H, W, 4): uint8, uint16, bool, or float
+            in 0–1 or 0–255. Dark on light or light on dark, unevenly lit, of any size. An array uint8 (28, 28) that
+            is in MNIST's form already comes through unchanged.
+
+    Raises:
+        UserError: there is no digit to be found, as on a blank page or in noise, or this is no picture.
+    """
+    pixels = _pixels_of(picture)
+    if pixels.dtype == np.uint8 and pixels.shape == (IMAGE_SIZE, IMAGE_SIZE):
+        for form in (pixels, 255 - pixels):
+            if in_mnist_form(form):
+                return form
+    ink = find_ink(_channels(pixels))
+    form = np.rint(255 * ink).astype(np.uint8)
+    return form if in_mnist_form(form) else _placed(ink)
+
+
+def form_for(data: str, mode: str) -> Callable[[Image.Image | Pixels], NDArray[np.uint8]]:
+    """How a picture becomes what a network sees: `data` is what it was trained on, `mode` any or exact.
+
+    What is 28×28 already is taken as it is by a network of other data than MNIST, whose form it does not have.
+    """
+    if mode == "exact":
+        return exact_form
+    if data == "mnist":
+        return mnist_form
+
+    def form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
+        pixels = _pixels_of(picture)
+        return pixels if pixels.shape == (28, 28) and pixels.dtype == np.uint8 else mnist_form(pixels)
+
+    return form
+
+
+def exact_form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
+    """A picture that is in MNIST's form to uint8 (28, 28), as it is.
+
+    Raises:
+        UserError: it has another size, or is an array of something else than uint8.
+    """
+    if isinstance(picture, Image.Image) and picture.size == (IMAGE_SIZE, IMAGE_SIZE):
+        picture = np.asarray(picture.convert("L"))
+    if isinstance(picture, Image.Image):
+        raise UserError(f"is {picture.width}×{picture.height}: mode=exact expects 28×28 in MNIST's form")
+    if picture.shape != (IMAGE_SIZE, IMAGE_SIZE) or picture.dtype != np.uint8:
+        raise UserError(f"is {picture.dtype} {picture.shape}: mode=exact expects uint8 (28, 28)")
+    return np.ascontiguousarray(picture)
+
+
+def channels_of(picture: Image.Image | Pixels) -> Pixels:
+    """A picture of any kind, upright, to numbers in 0–255 (H, W, 1 or 3); errors as of `mnist_form`."""
+    return _channels(_pixels_of(picture))
+
+
+def in_mnist_form(digit: NDArray[np.uint8]) -> bool:
+    """Whether a uint8 (28, 28) is bright on 0, its longer side 20, its centre of mass in the middle.
+
+    All 70,000 digits of MNIST are so, but for a few whose longer side is 19.
+    """
+    if digit.shape != (IMAGE_SIZE, IMAGE_SIZE):
+        return False
+    rows, columns = (np.flatnonzero(digit.any(axis)) for axis in (1, 0))
+    if not len(rows) or digit.max() < 200:
+        return False
+    side = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
+    return DIGIT_SIZE - 1 <= side <= DIGIT_SIZE and all(abs(c - CENTRE) <= 0.55 for c in _centre_of_mass(digit))
+
+
+def _centre_of_mass(ink: Pixels) -> tuple[float, float]:
+    rows, columns = (ink.sum(axis, dtype=np.float64) for axis in (1, 0))
+    total = rows.sum()
+    return float(rows @ np.arange(len(rows)) / total), float(columns @ np.arange(len(columns)) / total)
+
+
+def _pixels_of(picture: Image.Image | Pixels) -> Pixels:
+    return _array_of(picture) if isinstance(picture, Image.Image) else _checked(np.asarray(picture))
+
+
+def _array_of(picture: Image.Image) -> Pixels:
+    """A PIL image, turned as its camera says, to (H, W), or (H, W, 3) of colours."""
+    if picture.width * picture.height > MAXIMUM_PIXELS:
+        raise UserError(f"{picture.width}×{picture.height} pixels; at most {MAXIMUM_PIXELS:,} are read")
+    try:
+        picture = ImageOps.exif_transpose(picture) if picture.getexif() else picture
+        if picture.has_transparency_data:
+            return _checked(np.asarray(picture.convert("RGBA")))
+        if picture.mode in ("L", "RGB", "F", "I") or picture.mode.startswith("I;16"):
+            return _checked(np.asarray(picture))
+        return _checked(np.asarray(picture.convert("L" if picture.mode in ("1", "LA", "La") else "RGB")))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"not a whole picture ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _checked(pixels: Pixels) -> Pixels:
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
+        raise UserError(f"an array of shape {pixels.shape} is no picture: expected (H, W), (H, W, 3) or (H, W, 4)")
+    if 0 in pixels.shape:
+        raise UserError(f"a picture of {pixels.shape[1]}×{pixels.shape[0]} has no pixels")
+    if pixels.dtype.kind not in "buif":
+        raise UserError(f"an array of {pixels.dtype} is no picture: expected numbers")
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise UserError("a picture with pixels that are NaN or infinite")
+    return pixels
+
+
+def _channels(pixels: Pixels) -> Pixels:
+    """Pixels of any type to numbers in 0–255, (H, W, channels); transparency is laid on paper or is itself the ink."""
+    if pixels.dtype != np.uint8:
+        pixels = pixels.astype(np.float32)
+        top = float(pixels.max())
+        pixels = pixels * (255 if top <= 1 else 1 if top <= 255 else 1 / 257 if top <= 65535 else 255 / top)
+    if pixels.ndim == 2:
+        return pixels[..., None]
+    if pixels.shape[2] == 3:
+        grey = pixels.dtype == np.uint8 and (pixels == pixels[..., :1]).all()
+        return pixels[..., :1] if grey else pixels
+    colours, alpha = pixels[..., :3], pixels[..., 3:].astype(np.float32)
+    seen = alpha[..., 0] > 127
+    if not seen.any():
+        return alpha
+    shown = colours[seen][:: 1 + seen.size // SAMPLE]
+    low, high = np.percentile(shown, (2, 98), axis=0)
+    if (high - low).max() < 64 and not seen.all():
+        return alpha  # ink of one colour on nothing
+    paper = np.median(shown, axis=0).astype(np.float32)
+    return paper + (colours - paper) * alpha / 255
+
+
+def _placed(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Ink 0–1 of any size to MNIST's form."""
+    top, bottom = _edges(ink.max(1))
+    left, right = _edges(ink.max(0))
+    height, width = bottom - top, right - left
+    scale = DIGIT_SIZE / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    ink = _bolder(ink, scale)
+    filter_ = Image.Resampling.BOX if scale < 0.25 else Image.Resampling.BICUBIC
+    # A margin, so that the filter finds paper beyond the digit's edge.
+    padded = Image.fromarray(np.pad(ink, 2))
+    box = (left + 2, top + 2, right + 2, bottom + 2)
+    digit = np.asarray(padded.resize(size, filter_, box=box)).clip(0, 1)
+    digit = digit / max(float(np.max(digit)), 1e-6)
+    y, x = _centre_of_mass(digit)
+    form = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    # As MNIST, whole pixels only, so that the digit stays as sharp as it is.
+    row = min(max(round(CENTRE - y), 0), IMAGE_SIZE - digit.shape[0])
+    column = min(max(round(CENTRE - x), 0), IMAGE_SIZE - digit.shape[1])
+    form[row : row + digit.shape[0], column : column + digit.shape[1]] = np.rint(255 * digit)
+    return form
+
+
+def _edges(profile: NDArray[np.float32]) -> tuple[float, float]:
+    """Where a profile of ink first and last crosses one half, between pixels."""
+    level = 0.5 * float(profile.max())
+    padded = np.concatenate(([0.0], profile, [0.0]))
+    inside = np.flatnonzero(padded >= level)
+    first, last = int(inside[0]), int(inside[-1])
+    before = first - (padded[first] - level) / (padded[first] - padded[first - 1])
+    after = last + (padded[last] - level) / (padded[last] - padded[last + 1])
+    return float(before) - 0.5, float(after) - 0.5
+
+
+def _bolder(ink: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+    """Thin strokes made as wide as MNIST's pen: scaled down they would fade."""
+    from scipy.ndimage import grey_dilation
+
+    mask = ink > 0.5
+    edges = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
+    # A stroke's area is its length times its width; its outline, in steps of pixels, about 2.5 lengths.
+    stroke = 2.5 * np.count_nonzero(mask) / (edges + 1)
+    missing = (STROKE / scale - stroke) / 2
+    if scale > 0.5 or missing < 0.5:
+        return ink
+    reach = round(missing + (2.0 - STROKE) / scale / 2)
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    return grey_dilation(np.pad(ink, reach), footprint=x * x + y * y <= reach * reach + 0.5)[reach:-reach, reach:-reach]

@@ -1,0 +1,1 @@
+"""Networks from a plain specification, and their checkpoints."""

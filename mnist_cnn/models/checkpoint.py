@@ -1,0 +1,200 @@
+"""Checkpoints that rebuild themselves: read without running anything they hold."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mnist_cnn.config.architecture import Architecture
+from mnist_cnn.config.schema import Strict, UserError, validated
+from mnist_cnn.config.settings import Share
+from mnist_cnn.models.convnet import ConvNet
+from mnist_cnn.runs.folder import write_whole
+
+FORMAT = 3  # 2 brought the temperature, 3 convolutions without bias; both before are read as well
+MAXIMUM_CHECKED = 2**28  # bytes of a checkpoint whose checksums are compared; more would take seconds
+MAXIMUM_DESCRIPTION = 16 * 2**20  # bytes of what is not weights
+
+
+class TrainedOn(Strict):
+    """Which data a checkpoint saw, so that its validation digits can be found again."""
+
+    name: Literal["mnist", "fashion_mnist", "kmnist", "digits"]
+    validation: Share
+    validation_from: Literal["last", "random"]
+    normalization: Literal["unit", "standard"]
+    seed: int
+
+
+class Description(Strict):
+    """What a checkpoint says of itself, beside the weights: numbers, strings, lists and dicts."""
+
+    format: int
+    architecture: Architecture
+    classes: list[str] = Field(min_length=2, max_length=1000)
+    data: TrainedOn
+    versions: dict[str, str] = Field(max_length=100)
+    history: list[Annotated[dict[str, float], Field(max_length=50)]] = Field(default_factory=list, max_length=100_000)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)  # the logits are divided by it (Guo et al., 2017)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A `.ckpt` file as it is, or the best checkpoint of a run's folder."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(f"checkpoint={path} is an address: nothing is fetched; download the file and give its path")
+    path = Path(path)
+    if path.is_dir():
+        best = path / "checkpoints" / "best.ckpt"
+        if not best.is_file():
+            raise UserError(f"{path} has no checkpoints/best.ckpt: give a run's folder or a .ckpt file")
+        return best
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist: give a .ckpt file or a run's folder")
+    return path
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Description]:
+    """The checkpoint's content and its own description, validated; nothing in the file is executed.
+
+    Raises:
+        UserError: the file is missing, is cut short, is no checkpoint, or comes from another program.
+    """
+    path = find_checkpoint(path)
+    try:
+        _refuse_bombs(path)
+        # Mapped, a storage cannot be longer than the file, whatever the file says of it.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch.load has no one error for a bad file
+        first = str(error).strip().splitlines()
+        reason = first[0].split(".")[0] if first else type(error).__name__
+        raise UserError(f"{path} is not a whole checkpoint of this package and was not loaded ({reason})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("mnist_cnn"), dict) or "state_dict" not in content:
+        raise UserError(f"{path} comes from another program: it has no description of an mnist_cnn network")
+    return content, described(path, content["mnist_cnn"])
+
+
+def described(path: str | Path, content: Any) -> Description:
+    """What a file says of its network, validated."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is not int or not 1 <= found <= FORMAT:
+        newer = type(found) is int and found > FORMAT
+        by = content.get("versions") if isinstance(content.get("versions"), dict) else {}
+        least = f">={by['mnist-cnn']}" if re.fullmatch(r"\d[\w.]{0,20}", str(by.get("mnist-cnn"))) else ""
+        remedy = f"install a newer one: pip install 'mnist-cnn{least}'" if newer else "it is no such file"
+        raise UserError(f"{path} has format {found!r:.40}; this version reads formats 1 to {FORMAT}: {remedy}")
+    try:
+        return validated(Description, content)
+    except (UserError, RecursionError) as error:
+        raise UserError(f"{path} describes no network that can be built: {error!s:.300}") from None
+
+
+def _refuse_bombs(path: Path) -> None:
+    """What torch writes is a zip with everything stored as it is; a file that would swell is none of ours."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise UserError("it is compressed, as torch never writes it")
+    if len(records) > 10_000 or sum(record.file_size for record in records) > path.stat().st_size:
+        raise UserError("its records are larger than the file")
+    if any(r.file_size > MAXIMUM_DESCRIPTION for r in records if not re.search(r"/data/\d+$", r.filename)):
+        raise UserError("its description is too large")
+    if path.stat().st_size <= MAXIMUM_CHECKED:
+        with zipfile.ZipFile(path) as archive:
+            if harmed := archive.testzip():
+                raise UserError(f"the checksum of its {harmed} differs")
+
+
+def rebuild(path: str | Path) -> tuple[ConvNet, Description]:
+    """The network that a checkpoint describes, with its weights and normalisation figures, on the CPU."""
+    content, description = read_checkpoint(path)
+    return network_of(path, description, content["state_dict"]), description
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint; it appears under its name when it is whole and on the disk.
+
+    Raises:
+        OSError: there is no room, or no such folder; what was there before stays.
+    """
+    buffer = io.BytesIO()  # torch's own writer to a file has no clear error for a full disk
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def save_weights(path: Path, description: Description, state: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint of weights and description."""
+    about = {**description.model_dump(), "format": FORMAT}
+    save(path, {"state_dict": {name: value.clone() for name, value in state.items()}, "mnist_cnn": about})
+
+
+def network_of(path: str | Path, description: Description, state: Any) -> ConvNet:
+    """The network of a description with a file's weights, each checked before memory is taken for it.
+
+    Raises:
+        UserError: the weights are not those of the network.
+    """
+    with torch.device("meta"):  # shapes only
+        network = ConvNet(description.architecture, len(description.classes))
+    expected = network.state_dict()
+    try:
+        weights = {name.removeprefix("network."): value for name, value in state.items()}
+        if missing := sorted(expected.keys() ^ weights.keys()):
+            raise ValueError(f"{missing[0]!s:.100} is missing or too many")
+        for name, like in expected.items():
+            _check_weight(name, weights[name], like)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: its weights do not fit the network that it describes ({error})") from None
+    network.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+    return network.to(memory_format=torch.channels_last)
+
+
+def _check_weight(name: str, value: Any, like: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        raise ValueError(f"{name} is no plain tensor")
+    if value.shape != like.shape or value.dtype != like.dtype:
+        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, expected {like.dtype} {tuple(like.shape)}")
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        raise ValueError(f"{name} has less data than its shape says")
+
+
+def find_device(name: str) -> torch.device:
+    """auto takes CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("accelerator=cuda: torch finds no CUDA device here; use accelerator=cpu or accelerator=auto")
+    return torch.device(name)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what the device would do, but by emulation, up to hundreds of times slower.
+
+    Raises:
+        UserError: half precision away from CUDA, or bfloat16 on a CPU without instructions for it.
+    """
+    if device.type != "cpu" or precision == "32-true":
+        return
+    if precision == "16-mixed":
+        raise UserError(
+            "accelerator.precision=16-mixed needs CUDA; use 32-true, or bf16-mixed where the CPU has bfloat16"
+        )
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 and newer
+        has = torch.cpu.get_capabilities()
+        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not fast:
+        raise UserError(
+            "accelerator.precision=bf16-mixed: this CPU has no bfloat16 instructions (AVX-512 BF16, AMX or Arm's BF16) "
+            "and would emulate them, far slower; leave accelerator.precision at 32-true"
+        )

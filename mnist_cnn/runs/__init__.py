@@ -1,0 +1,1 @@
+"""How Hydra starts a command, a run's folder, a sweep; imports no torch."""

@@ -1,0 +1,173 @@
+"""A search space: from the words of Optuna's distributions to overrides of mnist-train. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import OmegaConf
+
+from mnist_cnn.config.parameters import Categorical, Float, Int, Sweep
+from mnist_cnn.config.schema import UserError, nearest, validated
+from mnist_cnn.config.settings import Train
+from mnist_cnn.runs.hydra_app import in_one_line
+from mnist_cnn.runs.jobs import plain_job
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+NOT_SEARCHED = ("test", "resume", "plots", "checkpoint", "logger")
+
+
+OWN = set(Sweep.model_fields) - set(Train.model_fields)
+
+
+def key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
+def for_training(overrides: list[str]) -> list[str]:
+    """Those of a command's overrides that are mnist-train's, and what sets a trial apart from a plain run."""
+    given = [word for word in overrides if key_of(word).split(".")[0] not in OWN]
+    quiet = [] if any(key_of(word) == "plots" for word in given) else ["plots=false"]
+    return [*(word for word in given if key_of(word) != "test"), *quiet, "test=false"]
+
+
+def compose(overrides: list[str], folder: Path = Path()) -> tuple[Train, dict[str, Any]]:
+    """mnist-train's configuration with these overrides, validated, and the options of its groups.
+
+    Raises:
+        UserError: it is none that mnist-train would take.
+    """
+    try:
+        config = hydra.compose("train", overrides, return_hydra_config=True)
+        return validated(Train, plain_job(config, folder)), dict(config.hydra.runtime.choices)
+    except UserError:
+        raise
+    except Exception as error:  # Hydra has no common one for a wrong override
+        raise UserError(in_one_line(error, "train")) from None
+
+
+def text(value: Any) -> str:
+    """A value as an override writes it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{text(each)}' for key, each in value.items())}}}"
+    return str(value)
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value`; part of a list's item may be one that the item does not name yet."""
+    return f"{'++' if re.search(r'[.][0-9]+([.]|$)', key) else ''}{key}={text(value)}"
+
+
+def _expanded(key: str, config: Any) -> Iterator[str]:
+    """The key, or with a `*` in it that of each item of the list there."""
+    head, star, tail = key.partition(".*")
+    if not star:
+        yield key
+        return
+    items = OmegaConf.select(OmegaConf.create(config), head)
+    if not OmegaConf.is_list(items):
+        raise UserError(f"{key}: {head} is no list")
+    for number in range(len(items)):
+        yield from _expanded(f"{head}.{number}{tail}", config)
+
+
+class Space:
+    """What a sweep searches.
+
+    Args:
+        settings: of the command.
+        overrides: of the command.
+
+    Attributes:
+        distributions: Optuna's, by key.
+        fixed: the overrides that all trials share.
+
+    Raises:
+        UserError: a key is unknown, a range is none, or mnist-train would refuse a value.
+    """
+
+    def __init__(self, settings: Sweep, overrides: list[str]) -> None:
+        assert settings.sweep is not None
+        config = settings.model_dump(include=set(Train.model_fields))
+        self.distributions: dict[str, BaseDistribution] = {}
+        for key, parameter in settings.sweep.items():
+            self._check_key(key, settings.sweep)
+            for name in _expanded(key, config):
+                if name in map(key_of, overrides):
+                    raise UserError(f"{name} is searched: leave it out of the command, or out of the space")
+                self.distributions[name] = distribution(name, parameter)
+        if not self.distributions:
+            raise UserError(f"nothing to search: the network has no part that {', '.join(settings.sweep)} names")
+        self.fixed = for_training(overrides)
+        if any(key.startswith("architecture.dense.") for key in self.distributions):
+            # A dense layer may stand as a number of units: only as a mapping has it parts that can be set.
+            self.fixed.append(override("architecture.dense", config["architecture"]["dense"]))
+        self._try_out()
+
+    @staticmethod
+    def _check_key(key: str, keys: dict[str, Any]) -> None:
+        first = key.split(".")[0]
+        known = [*Train.model_fields, "experiment"]
+        if first not in known:
+            raise UserError(f"unknown key {key}{nearest(first, known)}")
+        if first in NOT_SEARCHED:
+            raise UserError(f"{key} is no part of a search: leave it out of the space")
+        if first != key and first == "architecture" and first in keys:
+            raise UserError(f"{key} and {first}: where {first} is searched, its parts cannot be")
+
+    def overrides(self, parameters: dict[str, Any]) -> list[str]:
+        """What mnist-train takes to run a trial with these."""
+        return [*self.fixed, *(override(key, value) for key, value in parameters.items())]
+
+    def _try_out(self) -> None:
+        """Compose each choice, and all numbers at both their ends."""
+        ends: list[dict[str, Any]] = [{}, {}]
+        trials: list[dict[str, Any]] = []
+        for key, found in self.distributions.items():
+            choices = getattr(found, "choices", None)
+            for end, value in zip(ends, (choices[0],) * 2 if choices else (found.low, found.high), strict=True):  # type: ignore[attr-defined]
+                end[key] = value
+            trials += [{key: choice} for choice in (choices or ())[1:]]
+        for chosen in (*ends, *({**ends[0], **trial} for trial in trials)):
+            if not compose(self.overrides(chosen))[0].data.validation:
+                raise UserError("data.validation=0: a search needs digits held out; give data.validation=0.1")
+
+
+def distribution(key: str, parameter: Float | Int | Categorical) -> BaseDistribution:
+    """Optuna's own, with its own word for a range that is none."""
+    from optuna import distributions
+
+    settings = parameter.model_dump(exclude={"type"})
+    if isinstance(parameter, Categorical):
+        plain = [
+            each if isinstance(each, bool | int | float | str | None) else text(each) for each in parameter.choices
+        ]
+        return distributions.CategoricalDistribution(plain)
+    kind = distributions.FloatDistribution if isinstance(parameter, Float) else distributions.IntDistribution
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a range that its step does not divide would end elsewhere
+            return kind(**settings)
+    except (ValueError, UserWarning) as error:
+        raise UserError(f"{key}: {error}".replace("`", "")) from None
+
+
+def of_the_machine(key: str) -> bool:
+    """Whether it is about where a trial runs, and not about what it learns."""
+    return key == "accelerator" or key.startswith(("accelerator.threads", "data.root", *NOT_SEARCHED))
+
+
+def study_name(sweep: str, overrides: list[str]) -> str:
+    """The sweep's own name, then the overrides that make another study of it."""
+    changing = sorted(word for word in for_training(overrides) if not of_the_machine(key_of(word)))
+    return re.sub(r"[^\w.+-]+", "-", "_".join([sweep, *changing])).strip("-")[:180]
