@@ -1,22 +1,37 @@
-"""PyTorch Lightning and Hydra for MNIST convnets: `train` and `load_classifier` are the Python interface."""
+"""PyTorch Lightning and Hydra for MNIST convnets.
 
+`train` and `load_classifier` do what the commands do. `DigitClassifier`, `MNISTDataModule` and `ConvNet` are the Lightning
+module, the data module and the network, for a `pl.Trainer` of your own.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mnist_cnn.data.datamodule import MNISTDataModule
     from mnist_cnn.inference.classifier import load_classifier
+    from mnist_cnn.models.convnet import ConvNet
     from mnist_cnn.train import train
+    from mnist_cnn.training.module import DigitClassifier
 
-__all__ = ["load_classifier", "train"]
+__all__ = ["ConvNet", "DigitClassifier", "MNISTDataModule", "load_classifier", "train"]
+
+_PLACES = {
+    "ConvNet": "mnist_cnn.models.convnet",
+    "DigitClassifier": "mnist_cnn.training.module",
+    "MNISTDataModule": "mnist_cnn.data.datamodule",
+    "load_classifier": "mnist_cnn.inference.classifier",
+    "train": "mnist_cnn.train",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import torch only when something needs it: `--help` and refused settings answer at once."""
-    if name == "load_classifier":
-        from mnist_cnn.inference.classifier import load_classifier
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
 
-        return load_classifier
-    if name == "train":
-        from mnist_cnn.train import train
 
-        return train
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def import_main() -> None:
+    """The command mnist-import; `import` is a word of Python's own, so no entry point can name its module."""
+    importlib.import_module("mnist_cnn.import").main()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from mnist_cnn.config.architecture import Architecture
-from mnist_cnn.config.schema import Strict
+from mnist_cnn.config.schema import Strict, nearest
 
 # In a checkout conf/ stands beside the package; in a wheel it is inside it.
 PACKAGE = Path(__file__).parents[1]
@@ -47,21 +48,24 @@ class Schedule(Strict):
     scheduler: Instantiable
 
 
-def _share(value: Any) -> Any:
+def _fraction(value: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 <= value < (1 if isinstance(value, float) else math.inf):
         raise ValueError(f"data.validation={value!r}: must be a fraction from 0 to below 1.0, or a count of digits")
     return value
 
 
-Share = Annotated[int | float, BeforeValidator(_share)]
+Fraction = Annotated[int | float, BeforeValidator(_fraction)]  # or a count
+
+
+DataName = Literal["mnist", "fashion_mnist", "kmnist", "digits"]
 
 
 class Data(Strict):
-    name: Literal["mnist", "fashion_mnist", "kmnist", "digits"]
+    name: DataName
     root: NonEmpty
     batch_size: int = Field(ge=1, le=60_000)
-    validation: Share
+    validation: Fraction
     validation_from: Literal["last", "random"]
     normalization: Literal["unit", "standard"]
 
@@ -84,15 +88,26 @@ class Accelerator(Strict):
     threads: int | None = Field(default=None, ge=1, le=1024)
     devices: Literal[1] = 1
     num_nodes: Literal[1] = 1
+    rendezvous: str | None = None
 
 
 class TrainingAccelerator(Accelerator):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # type: ignore[assignment]
     devices: int = Field(default=1, ge=1, le=1024)  # type: ignore[assignment]
     num_nodes: int = Field(default=1, ge=1, le=1024)  # type: ignore[assignment]
+    rendezvous: Annotated[str, Field(pattern=r"^.+:\d{1,5}$")] | None = None
+
+    @model_validator(mode="after")
+    def _meeting_point(self) -> TrainingAccelerator:
+        if self.num_nodes > 1 and self.rendezvous is None:
+            raise ValueError(
+                f"accelerator.num_nodes={self.num_nodes}: give accelerator.rendezvous=HOST:PORT as well, an address of "
+                "one of the machines, and start the same command on each"
+            )
+        return self
 
 
-Views = Literal[1, 5, 9]  # of a digit that is scored
+Tta = Literal[1, 5, 9]  # test-time augmentation: how many shifts of a digit are averaged
 
 
 class Checkpointing(Strict):
@@ -110,6 +125,35 @@ class Multirun(Strict):
             raise ValueError(f"multirun.resume={folder}: continues a sweep on mnist-train's command line only")
 
 
+# Flags of pl.Trainer that a run sets itself, and what to do instead.
+OWNED_TRAINER_KEYS = {
+    "max_epochs": "use epochs",
+    "accelerator": "use accelerator=cpu, cuda or auto",
+    "devices": "use accelerator.devices",
+    "num_nodes": "use accelerator.num_nodes",
+    "precision": "use accelerator.precision",
+    "strategy": "use accelerator.devices (more than one trains data parallel)",
+    "logger": "use logger",
+    "callbacks": "use callbacks",
+    "default_root_dir": "use hydra.run.dir",
+    "enable_checkpointing": "use checkpoint.every_seconds",
+    "enable_progress_bar": "a bar is drawn on a terminal only",
+    "enable_model_summary": "a run prints its own summary",
+    "use_distributed_sampler": "use accelerator.devices",
+    "reload_dataloaders_every_n_epochs": "the digits stay in memory",
+    "plugins": "a run has its own",
+    "barebones": "use trainer.fast_dev_run",
+    "enable_autolog_hparams": "use logger",
+    "model_registry": "a run's folder has its checkpoints",
+}
+
+
+def _trainer(flags: dict[str, Any]) -> dict[str, Any]:
+    for key in flags.keys() & OWNED_TRAINER_KEYS:
+        raise ValueError(f"trainer.{key} is set by the run itself; {OWNED_TRAINER_KEYS[key]}")
+    return flags
+
+
 class Train(Strict):
     """The configuration of mnist-train; conf/train.yaml describes each key."""
 
@@ -119,6 +163,9 @@ class Train(Strict):
     accelerator: TrainingAccelerator
     data: Data
     logger: Instantiable | None
+    # Flags of pl.Trainer; conf/trainer/default.yaml has them.
+    trainer: Annotated[Instantiable, AfterValidator(_trainer)] = Field(default_factory=dict)
+    callbacks: dict[str, Instantiable] = Field(default_factory=dict)
     seed: int = Field(ge=0, lt=2**32)
     epochs: int = Field(ge=1, le=100_000)
     selection: Literal["best", "last"]
@@ -129,26 +176,12 @@ class Train(Strict):
     # Runs from before them have no such keys.
     augmentation: Augmentation = Augmentation()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    averaging: float = Field(default=0.0, ge=0, lt=1)
-    views: Views = 1
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    tta: Tta = 1
     test: bool = True
     plots: bool
     fail_fast: bool = False
     multirun: Multirun = Multirun()
-
-    @model_validator(mode="after")
-    def _shared_evenly(self) -> Train:
-        if not self.resume and (uneven := self.uneven()):  # a resumed run has a batch size of its own
-            raise ValueError(uneven)
-        return self
-
-    def uneven(self) -> str:
-        """What is wrong where the ranks cannot share a batch evenly."""
-        size, ranks = self.data.batch_size, self.accelerator.devices * self.accelerator.num_nodes
-        nearest = max(round(size / ranks), 1) * ranks
-        if size % ranks == 0:
-            return ""
-        return f"data.batch_size={size} cannot be shared evenly by {ranks} ranks; the nearest that can is {nearest}"
 
 
 def _one_or_many(value: Any) -> Any:
@@ -171,7 +204,7 @@ class Evaluate(Strict):
     """The configuration of mnist-evaluate; conf/evaluate.yaml describes each key."""
 
     class Source(Strict):
-        name: Literal["as_trained", "mnist", "fashion_mnist", "kmnist", "digits"]
+        name: Literal["as_trained", DataName]
         root: NonEmpty
 
     checkpoint: OneOrMany
@@ -180,7 +213,7 @@ class Evaluate(Strict):
     data: Source
     accelerator: Accelerator
     probabilities: list[Annotated[int, Field(ge=0)]]
-    views: Views
+    tta: Tta
     plots: bool
 
     @model_validator(mode="after")
@@ -210,7 +243,7 @@ class Predict(Strict):
     input: Literal["paths", "bytes"]
     mode: Literal["any", "exact"]
     output: Annotated[str | None, _ending("output", ".csv", ".json", ".jsonl", ".parquet")]
-    views: Views
+    tta: Tta
     top_k: int = Field(ge=0, le=10)
     grid: Annotated[str | None, _ending("grid", ".png")]
     skip_errors: bool
@@ -244,3 +277,113 @@ class Import(Strict):
     keras: Annotated[str, _ending("keras", ".h5", ".hdf5", ".keras")]
     output: Annotated[str, _ending("output", ".ckpt")]
     divide_by_255: bool
+
+
+# --- mnist-sweep ---------------------------------------------------------------------------------------------
+
+
+class FloatRange(Strict):
+    type: Literal["float"]
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+
+class IntRange(Strict):
+    type: Literal["int"]
+    low: int
+    high: int
+    log: bool = False
+    step: int = 1
+
+
+class Choices(Strict):
+    type: Literal["categorical"]
+    choices: list[Any] = Field(min_length=1)
+
+
+PARAMETERS: dict[str, type[FloatRange | IntRange | Choices]] = {
+    "float": FloatRange,
+    "int": IntRange,
+    "categorical": Choices,
+}
+
+
+def _parameter(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in PARAMETERS:
+        raise ValueError(
+            f"type={kind!r}: must be float, int or categorical{nearest(str(kind), PARAMETERS)}, "
+            "as in {type: float, low: 0.001, high: 0.1, log: true}"
+        )
+    return PARAMETERS[kind].model_validate(value)
+
+
+Parameter = Annotated[FloatRange | IntRange | Choices, BeforeValidator(_parameter)]
+
+
+def without_password(url: str, instead: str = "***") -> str:
+    """A storage's address as it may be shown or kept, whether or not it can be read as one.
+
+    Args:
+        url: such as postgresql://user:password@host/database?sslpassword=…
+        instead: what stands for a password; where it is empty, the address can be used with a password from elsewhere.
+    """
+    mark = f":{instead}" if instead else ""
+    url = re.sub(r"^((?>(?:[^:/?@]*://)?)[^:@]*+):.*@", rf"\1{mark}@", url, flags=re.DOTALL)
+    if "@" not in url:  # a word in a port's place
+        url = re.sub(r"^([^:/?@]*://[^:/?\[]*):(?!\d+(?:[/?]|$))[^/?]*", rf"\1{mark}", url)
+    secret = r"[^=&?]*(?:passw|pwd|secret|token)[^=&]*="
+    if instead:
+        return re.sub(rf"([?&]{secret})[^&]*", rf"\1{instead}", url, flags=re.IGNORECASE)
+    kept = re.sub(rf"[?&]{secret}[^&]*", "", url, flags=re.IGNORECASE)
+    return kept if "?" in kept else kept.replace("&", "?", 1)
+
+
+def _storage(value: str | None) -> str | None:
+    if value is not None and not re.match(r"(sqlite|postgresql|mysql)(\+\w+)?://", value):
+        raise ValueError(
+            f"storage={without_password(value)}: must be such as postgresql://user@host/database, mysql://… or "
+            "sqlite:///file.db"
+        )
+    if value is not None and value.partition("?")[0].count("@") > 1:  # else parts of the password become the host
+        raise ValueError(f"storage={without_password(value)}: write @ in a password as %40")
+    return value
+
+
+class SweepSettings(Train):
+    """The configuration of mnist-sweep; conf/sweep.yaml describes each key."""
+
+    sweep: dict[str, Parameter] | None
+    trials: int = Field(ge=1, le=100_000)
+    workers: int = Field(ge=1, le=256)
+    metric: Literal["val/accuracy", "val/loss"]
+    study: Annotated[NonEmpty, Field(max_length=180, pattern=r"^[\w.+-]+$")] | None
+    folder: NonEmpty | None
+    storage: Annotated[str | None, AfterValidator(_storage)]
+    retries: int = Field(ge=0, le=1000)
+    heartbeat: int = Field(ge=1, le=3600)
+    sampler: Instantiable
+    pruner: Instantiable
+    report: NonEmpty | None
+    retrain: NonEmpty | None
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> SweepSettings:
+        if self.test:
+            raise ValueError(
+                "test=True: a trial never scores the test set; mnist-sweep retrain=FOLDER does, at the end"
+            )
+        if self.accelerator.devices * self.accelerator.num_nodes > 1:
+            raise ValueError(
+                f"accelerator.devices={self.accelerator.devices}: a trial has one device; workers=N trains N at once"
+            )
+        if self.resume is not None:
+            raise ValueError("resume continues one run: the same mnist-sweep command again continues a study")
+        given = [key for key in ("sweep", "report", "retrain") if getattr(self, key) is not None]
+        if not given:
+            raise ValueError("sweep is missing: give sweep=learning_rate, recipe, width or your own, or report=FOLDER")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+        return self

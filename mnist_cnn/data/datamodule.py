@@ -11,68 +11,64 @@ import torch
 from torch import Tensor
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.data.datasets import CLASSES, Digits, load
-from mnist_cnn.models.convnet import CPU_BATCH
-
-STRETCH = 2_000  # digits that a Lightning step takes: its own cost is then spread over many optimizer steps
+from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CLASSES, CPU_BATCH, Digits, load
 
 
-class Batches:
-    """A part's batches, in the order of `order()` at the start, or as they lie; no Python runs per digit.
+class DigitLoader:
+    """A part's batches, a tensor index each: no Python runs per digit.
+
+    It knows where it is (`state_dict`, `load_state_dict`), so that Lightning resumes within an epoch.
 
     Args:
         digits: uint8 images (N, 1, 28, 28) and labels (N,), on the device that works on them.
-        size: digits a batch; the last may be shorter.
-        order: gives the indices of an epoch.
-        stretch: 0 for plain batches; else this many batches at a time, as a tuple, for a step that takes several.
-        rank, ranks: give the share of this one of so many of each batch: of n digits those from n·rank/ranks on,
-            which may be none of a short last batch. All ranks have as many batches, and together each digit once.
+        batch_size: digits a batch; the last may be shorter.
+        order: gives the indices (N,) of an epoch when its first batch is asked for; None takes the digits as they lie.
+        rank, ranks: give this rank's part of each batch. All ranks have as many batches, and together each digit once.
+
+    Yields:
+        images uint8 (B, 1, 28, 28) and labels int64 (B,). With several ranks also a weight: times the mean loss of
+        this rank's digits it makes the mean over ranks the loss of the whole batch. A rank whose part of a short batch
+        would be empty takes one digit, with weight 0.
     """
 
     def __init__(
         self,
         digits: Digits,
-        size: int,
+        batch_size: int,
         order: Callable[[], Tensor] | None = None,
-        stretch: int = 0,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.digits, self.size, self.order, self.stretch = digits, size, order, stretch
+        self.digits, self.batch_size, self.order = digits, batch_size, order
         self.rank, self.ranks = rank, ranks
+        self.position = 0  # batches given out in this epoch
+        self._first = 0  # with which the next epoch begins
 
-    def __iter__(self) -> Iterator[Any]:
+    def __len__(self) -> int:
+        return math.ceil(len(self.digits.labels) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         images, labels = self.digits
-        indices = self.order().to(labels.device) if self.order else None
-        if indices is None and self.ranks > 1:
-            indices = torch.arange(len(labels), device=labels.device)
-        if indices is not None and not len(indices):
-            yield ()  # a run was stopped after an epoch's last step: Lightning validates after a batch only
-            return
-        count = max(self.stretch, 1) * self.size
-        sizes: int | list[int] = self.size
-        total = len(labels) if indices is None else len(indices)
-        done = (len(labels) - total) % count  # of the stretch in which an epoch goes on: it ends where it would have
-        for start in range(-done, total, count):
-            within = slice(max(start, 0), start + count)
-            if indices is None:
-                part = Digits(images[within], labels[within])
-            else:
-                chosen, sizes = self._share(indices[within])
-                part = Digits(images.index_select(0, chosen), labels.index_select(0, chosen))
-            batches = tuple(zip(*(tensor.split(sizes) for tensor in part), strict=True))
-            yield batches if self.stretch else batches[0]
+        first, self._first = self._first % max(len(self), 1), 0
+        indices = self.order().to(labels.device) if self.order else torch.arange(len(labels), device=labels.device)
+        batches = indices.split(self.batch_size)
+        for position in range(first, len(batches)):
+            self.position = position + 1
+            chosen, weight = batches[position], list[float]()
+            if self.ranks > 1:
+                chosen, *weight = self._part(chosen)
+            yield images.index_select(0, chosen), labels.index_select(0, chosen), *weight
 
-    def _share(self, chosen: Tensor) -> tuple[Tensor, int | list[int]]:
-        """This rank's of the indices of several batches, and how many it has of each."""
-        if self.ranks == 1:
-            return chosen, self.size
-        bounds = [
-            (len(batch) * self.rank // self.ranks, len(batch) * (self.rank + 1) // self.ranks, batch)
-            for batch in chosen.split(self.size)
-        ]
-        shares = [batch[start:end] for start, end, batch in bounds]
-        return torch.cat(shares), [len(share) for share in shares]
+    def _part(self, batch: Tensor) -> tuple[Tensor, float]:
+        total = len(batch)
+        part = batch[total * self.rank // self.ranks : total * (self.rank + 1) // self.ranks]
+        return (part, len(part) * self.ranks / total) if len(part) else (batch[:1], 0.0)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._first = state_dict["position"]
 
 
 class MNISTDataModule(pl.LightningDataModule):
@@ -84,14 +80,13 @@ class MNISTDataModule(pl.LightningDataModule):
         batch_size: of training; the last short batch is kept.
         validation: fraction or count of the training digits; 0 for none. The test set is never used for it.
         validation_from: the `last` training digits, as Keras takes them, or a `random` stratified part.
-        normalization: `unit` divides by 255; `standard` has mean 0 and sd 1 over the training part.
+        normalization: `unit` divides by 255; `standard` has mean 0 and std 1 over the training part.
         seed: of the order of the training digits and of a random validation part.
-        stretches: give loaders that hand over some 2,000 digits at a time as a tuple of batches, for `DigitClassifier`.
 
     Attributes:
         train, validation, test: `Digits`, after `setup`; validation may be empty.
-        resumed: the epoch, counted from 0, in which training goes on, and how many of its steps are done already.
-        mean, standard_deviation: the figures for `ConvNet`, in units of 0–255, after `setup`.
+        classes: names of the labels.
+        mean, std: the figures for `ConvNet`, in units of 0–255, after `setup`.
     """
 
     train: Digits
@@ -107,14 +102,14 @@ class MNISTDataModule(pl.LightningDataModule):
         validation_from: Literal["last", "random"] = "last",
         normalization: Literal["unit", "standard"] = "unit",
         seed: int = 1,
-        stretches: bool = False,
     ) -> None:
         super().__init__()
+        if name not in CLASSES:
+            raise UserError(f"data.name={name}: expected one of {', '.join(CLASSES)}")
         self.data_name, self.root, self.batch_size, self.seed = name, root, batch_size, seed
-        self.validation_share, self.validation_from = validation, validation_from
-        self.normalization, self.stretches = normalization, stretches
+        self.validation_size, self.validation_from = validation, validation_from
+        self.normalization = normalization
         self.classes = CLASSES[name]
-        self.resumed = (0, 0)
         self._ready = False
 
     def prepare_data(self) -> None:
@@ -138,26 +133,26 @@ class MNISTDataModule(pl.LightningDataModule):
             chosen = torch.zeros(len(digits.labels), dtype=torch.bool).index_fill_(0, held_out, True)
             parts = ~chosen, chosen
         self.train, self.validation = (Digits(digits.images[part], digits.labels[part]) for part in parts)
-        self.mean, self.standard_deviation = 0.0, 255.0
+        self.mean, self.std = 0.0, 255.0
         if self.normalization == "standard":
             counts = [torch.bincount(part.flatten(), minlength=256) for part in self.train.images.split(5_000)]
-            shares = torch.stack(counts).sum(0).double() / self.train.images.numel()
-            levels = torch.arange(256).double()  # of grey; `shares` is how often each comes
-            self.mean = (levels * shares).sum().item()
-            self.standard_deviation = ((levels - self.mean).square() * shares).sum().sqrt().item()
+            fractions = torch.stack(counts).sum(0).double() / self.train.images.numel()
+            levels = torch.arange(256).double()  # of grey; `fractions` is how often each comes
+            self.mean = (levels * fractions).sum().item()
+            self.std = ((levels - self.mean).square() * fractions).sum().sqrt().item()
         self._ready = True
 
     def _held_out(self, labels: Tensor) -> Tensor | slice:
-        total, share = len(labels), self.validation_share
+        total, size = len(labels), self.validation_size
         # Keras rounds the training part down: keras/src/trainers/data_adapters/array_slicing.py.
-        count = share if isinstance(share, int) else total - math.floor(total * (1 - share))
+        count = size if isinstance(size, int) else total - math.floor(total * (1 - size))
         if count >= total:
-            raise UserError(f"data.validation={share} leaves no training digit; {self.data_name} has {total:,}")
+            raise UserError(f"data.validation={size} leaves no training digit; {self.data_name} has {total:,}")
         if count == 0 or self.validation_from == "last":
             return slice(total - count, total)
         if not len(self.classes) <= count <= total - len(self.classes):
             raise UserError(
-                f"data.validation={share} is {count} of {total:,} digits; a random stratified part takes one of each "
+                f"data.validation={size} is {count} of {total:,} digits; a random stratified part takes one of each "
                 f"class at least, and leaves one: {len(self.classes)} to {total - len(self.classes):,}"
             )
         from sklearn.model_selection import train_test_split
@@ -166,7 +161,7 @@ class MNISTDataModule(pl.LightningDataModule):
         return torch.tensor(held_out)
 
     def shapes(self) -> str:
-        """What there is, as text: the shape and share of each part, and the counts of each class."""
+        """What there is, as text: the shape of each part, and the counts of each class."""
         counts = torch.bincount(self.train.labels, minlength=len(self.classes)).tolist()
         parts = {"training": self.train, "validation": self.validation, "test": self.test}
         lines = [f"data {self.data_name}"]
@@ -175,38 +170,35 @@ class MNISTDataModule(pl.LightningDataModule):
         first = f"  first training digit: {self.classes[int(self.train.labels[0])]}"
         return "\n".join([*lines, first, f"  training digits of each class  {named}"])
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.train.labels) / self.batch_size)
-
-    @property
-    def steps_per_stretch(self) -> int:
-        return math.ceil(STRETCH / self.batch_size) if self.stretches else 0
-
-    def train_dataloader(self) -> Batches:
-        """Shuffled by (seed, epoch) alone, so that a resumed run sees the same order."""
+    def train_dataloader(self) -> DigitLoader:
+        """Shuffled by (seed, epoch) alone, so that a resumed run has the same order."""
 
         def order() -> Tensor:
-            first, position = self.resumed
-            epoch = max(self.trainer.current_epoch if self.trainer else 0, first)
+            trainer: Any = self.trainer
+            fixed = trainer is None or trainer.overfit_batches > 0  # the same few batches each epoch
+            epoch = 0 if fixed else trainer.current_epoch
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            indices = torch.randperm(len(self.train.labels), generator=generator)
-            return indices[position * self.batch_size :] if epoch == first else indices
+            return torch.randperm(len(self.train.labels), generator=generator)
 
-        return Batches(self._on_device(self.train), self.batch_size, order, self.steps_per_stretch, *self._place())
+        return DigitLoader(self._on_device(self.train), self.batch_size, order, *self._rank())
 
-    def val_dataloader(self) -> Batches | list[Any]:
-        return self._evaluation(self.validation) if len(self.validation.labels) else []
+    def val_dataloader(self) -> DigitLoader | list[Any]:
+        return self._evaluation_loader(self.validation) if len(self.validation.labels) else []
 
-    def test_dataloader(self) -> Batches:
-        return self._evaluation(self.test)
+    def test_dataloader(self) -> DigitLoader:
+        return self._evaluation_loader(self.test)
 
-    def _evaluation(self, digits: Digits) -> Batches:
-        stretch = math.ceil(STRETCH / CPU_BATCH) if self.stretches else 0
-        rank, ranks = self._place()
-        return Batches(self._on_device(digits), CPU_BATCH * ranks, None, stretch, rank, ranks)
+    def predict_dataloader(self) -> DigitLoader:
+        """The test digits."""
+        return self._evaluation_loader(self.test)
 
-    def _place(self) -> tuple[int, int]:
+    def _evaluation_loader(self, digits: Digits) -> DigitLoader:
+        digits = self._on_device(digits)
+        rank, ranks = self._rank()
+        size = CPU_BATCH if digits.labels.device.type == "cpu" else ACCELERATOR_BATCH
+        return DigitLoader(digits, size * ranks, None, rank, ranks)
+
+    def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _on_device(self, digits: Digits) -> Digits:

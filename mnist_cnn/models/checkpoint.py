@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import FailFast, Field
 from torch import Tensor
 
 from mnist_cnn.config.architecture import Architecture
 from mnist_cnn.config.schema import Strict, UserError, validated
-from mnist_cnn.config.settings import Share
+from mnist_cnn.config.settings import DataName, Fraction
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.runs.folder import write_whole
 
-FORMAT = 3  # 2 brought the temperature, 3 convolutions without bias; both before are read as well
+FORMAT = 4  # 2 brought the temperature, 3 convolutions without bias, 4 the name std; those before are read as well
+RENAMED = {f"{part}standard_deviation": f"{part}std" for part in ("network.", "")}  # in formats 1 to 3
 MAXIMUM_CHECKED = 2**28  # bytes of a checkpoint whose checksums are compared; more would take seconds
 MAXIMUM_DESCRIPTION = 16 * 2**20  # bytes of what is not weights
 
@@ -27,8 +28,8 @@ MAXIMUM_DESCRIPTION = 16 * 2**20  # bytes of what is not weights
 class TrainedOn(Strict):
     """Which data a checkpoint saw, so that its validation digits can be found again."""
 
-    name: Literal["mnist", "fashion_mnist", "kmnist", "digits"]
-    validation: Share
+    name: DataName
+    validation: Fraction
     validation_from: Literal["last", "random"]
     normalization: Literal["unit", "standard"]
     seed: int
@@ -42,7 +43,9 @@ class Description(Strict):
     classes: list[str] = Field(min_length=2, max_length=1000)
     data: TrainedOn
     versions: dict[str, str] = Field(max_length=100)
-    history: list[Annotated[dict[str, float], Field(max_length=50)]] = Field(default_factory=list, max_length=100_000)
+    history: Annotated[list[Annotated[dict[str, float], Field(max_length=50)]], FailFast()] = Field(
+        default_factory=list, max_length=100_000
+    )
     temperature: float = Field(default=1.0, ge=0.01, le=100)  # the logits are divided by it (Guo et al., 2017)
 
 
@@ -80,10 +83,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Description]:
         raise UserError(f"{path} is not a whole checkpoint of this package and was not loaded ({reason})") from None
     if not isinstance(content, dict) or not isinstance(content.get("mnist_cnn"), dict) or "state_dict" not in content:
         raise UserError(f"{path} comes from another program: it has no description of an mnist_cnn network")
-    return content, described(path, content["mnist_cnn"])
+    return content, read_description(path, content["mnist_cnn"])
 
 
-def described(path: str | Path, content: Any) -> Description:
+def read_description(path: str | Path, content: Any) -> Description:
     """What a file says of its network, validated."""
     found = content.get("format") if isinstance(content, dict) else None
     if type(found) is not int or not 1 <= found <= FORMAT:
@@ -147,7 +150,7 @@ def network_of(path: str | Path, description: Description, state: Any) -> ConvNe
         network = ConvNet(description.architecture, len(description.classes))
     expected = network.state_dict()
     try:
-        weights = {name.removeprefix("network."): value for name, value in state.items()}
+        weights = {RENAMED.get(name, name).removeprefix("network."): value for name, value in state.items()}
         if missing := sorted(expected.keys() ^ weights.keys()):
             raise ValueError(f"{missing[0]!s:.100} is missing or too many")
         for name, like in expected.items():
@@ -165,36 +168,3 @@ def _check_weight(name: str, value: Any, like: Tensor) -> None:
         raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, expected {like.dtype} {tuple(like.shape)}")
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():
         raise ValueError(f"{name} has less data than its shape says")
-
-
-def find_device(name: str) -> torch.device:
-    """auto takes CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("accelerator=cuda: torch finds no CUDA device here; use accelerator=cpu or accelerator=auto")
-    return torch.device(name)
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse what the device would do, but by emulation, up to hundreds of times slower.
-
-    Raises:
-        UserError: half precision away from CUDA, or bfloat16 on a CPU without instructions for it.
-    """
-    if device.type != "cpu" or precision == "32-true":
-        return
-    if precision == "16-mixed":
-        raise UserError(
-            "accelerator.precision=16-mixed needs CUDA; use 32-true, or bf16-mixed where the CPU has bfloat16"
-        )
-    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 and newer
-        has = torch.cpu.get_capabilities()
-        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if not fast:
-        raise UserError(
-            "accelerator.precision=bf16-mixed: this CPU has no bfloat16 instructions (AVX-512 BF16, AMX or Arm's BF16) "
-            "and would emulate them, far slower; leave accelerator.precision at 32-true"
-        )

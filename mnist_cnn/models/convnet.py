@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_cnn.config.architecture import Architecture, Block, Dense
-from mnist_cnn.config.schema import validated
-
-CPU_BATCH = 100  # digits at once without gradients: more leave a CPU's caches, and are half as fast
+from mnist_cnn.config.schema import UserError, validated
 
 
 class ConvNet(nn.Module):
@@ -21,25 +19,25 @@ class ConvNet(nn.Module):
     Args:
         specification: an `Architecture`, or a mapping with `blocks` and `dense` (see conf/architecture).
         classes: length of the logits.
-        mean, standard_deviation: of the pixels, in units of 0–255; (0, 255) divides by 255.
+        mean, std: of the pixels, in units of 0–255; (0, 255) divides by 255.
 
     Attributes:
         onednn: let training on a CPU keep oneDNN's own layout from layer to layer. It is the same function, rounded
-            otherwise, and up to a third faster: oneDNN's pooling and matrix products are quicker than torch's.
+            differently, and up to a third faster: oneDNN's pooling and matrix products are quicker than torch's.
 
     Raises:
         UserError: the specification cannot be built.
     """
 
     mean: Tensor
-    standard_deviation: Tensor
+    std: Tensor
 
     def __init__(
         self,
         specification: Architecture | Mapping[str, Any],
         classes: int = 10,
         mean: float = 0.0,
-        standard_deviation: float = 255.0,
+        std: float = 255.0,
     ) -> None:
         super().__init__()
         if not isinstance(specification, Architecture):
@@ -47,13 +45,13 @@ class ConvNet(nn.Module):
         self.specification = specification
         self.onednn = False
         self.register_buffer("mean", torch.tensor(mean))
-        self.register_buffer("standard_deviation", torch.tensor(standard_deviation))
+        self.register_buffer("std", torch.tensor(std))
 
         channels = [1, *(block.filters for block in specification.blocks)]
         self.blocks = nn.Sequential(*map(_block, channels, specification.blocks))
         flat = next(row.output[0] for row in specification.layers() if row.name == "flatten")
         features = [flat, *(dense.units for dense in specification.dense)]
-        self.dense = nn.Sequential(*map(_dense, features, specification.dense))
+        self.dense = nn.Sequential(*map(_dense_layer, features, specification.dense))
         self.logits = nn.Linear(features[-1], classes)
 
         if specification.initialization == "keras":
@@ -63,13 +61,13 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images uint8 or float (N, 1, 28, 28), pixels 0–255, to logits float (N, classes)."""
-        x = (images.to(self.mean.dtype) - self.mean) / self.standard_deviation
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
         onednn = self.onednn and self._in_onednn(x)
         x = self.blocks(x.to_mkldnn() if onednn else x.contiguous(memory_format=torch.channels_last))
-        x = _plain(x)  # (N, filters, height, width)
+        x = _dense_layout(x)  # (N, filters, height, width)
         x = x.permute(0, 2, 3, 1).flatten(1)  # (N, height·width·filters), the channels last as in Keras
         x = self.dense(x.to_mkldnn() if onednn else x)
-        return self.logits(_plain(x))
+        return self.logits(_dense_layout(x))
 
     def _in_onednn(self, x: Tensor) -> bool:
         """Whether oneDNN can train this network in its own layout: in float32 on a CPU, and without batch norm."""
@@ -82,8 +80,8 @@ class ConvNet(nn.Module):
             and not any(block.batch_norm for block in self.specification.blocks)
         )
 
-    def new_logits(self, classes: int) -> None:
-        """Make the last layer anew, for other classes."""
+    def replace_logits(self, classes: int) -> None:
+        """A new last layer, for other classes."""
         self.logits = nn.Linear(self.logits.in_features, classes)
         if self.specification.initialization == "keras":
             _glorot_uniform(self.logits)
@@ -95,22 +93,26 @@ class ConvNet(nn.Module):
 class Dropout(nn.Module):
     """Dropout whose masks on a CPU take 8 random bits an element, or 16: a tenth of the time of torch's.
 
-    8 serve where the share kept is a multiple of 1/256, as of 0.25 and 0.5; 16 round it to one of 1/65,536, and the
-    scale is of that share.
+    8 are enough where the fraction kept is a multiple of 1/256, as for 0.25 and 0.5; 16 round it to a multiple of
+    1/65,536, and the scale is of that fraction. nn.Dropout makes an epoch of conv32_32_dropout longer
+    (scripts/benchmark dropout).
+
+    Args:
+        p: the fraction of elements set to zero in training.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, p: float) -> None:
         super().__init__()
-        self.share = share
-        self.bits = 8 if (256 * share).is_integer() else 16
-        self.kept = min(max(round((1 - share) * 2**self.bits), 1), 2**self.bits - 1)
+        self.p = p
+        self.bits = 8 if (256 * p).is_integer() else 16
+        self.kept = min(max(round((1 - p) * 2**self.bits), 1), 2**self.bits - 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.share == 0:
+        if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":
-            return F.dropout(x, self.share)
-        x = _plain(x)
+            return F.dropout(x, self.p)
+        x = _dense_layout(x)
         words = torch.empty(-(-x.numel() * self.bits // 64), dtype=torch.int64).random_(-(2**63), None)
         numbers = words.view(torch.int8 if self.bits == 8 else torch.int16)
         numbers = numbers[: x.numel()].as_strided(x.size(), x.stride())
@@ -118,7 +120,7 @@ class Dropout(nn.Module):
         return x * kept.to(x.dtype).mul_(2**self.bits / self.kept)
 
 
-def _plain(x: Tensor) -> Tensor:
+def _dense_layout(x: Tensor) -> Tensor:
     return x.to_dense() if x.is_mkldnn else x
 
 
@@ -136,7 +138,7 @@ def _block(channels: int, block: Block) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _dense(features: int, dense: Dense) -> nn.Sequential:
+def _dense_layer(features: int, dense: Dense) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Linear(features, dense.units), nn.ReLU(inplace=True)]
     if dense.dropout:
         layers.append(Dropout(dense.dropout))
@@ -149,6 +151,19 @@ def _glorot_uniform(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `name` (auto, cpu, cuda) means here; auto takes CUDA where there is one.
+
+    Raises:
+        UserError: there is no CUDA device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("accelerator=cuda: torch finds no CUDA device here; use accelerator=cpu or accelerator=auto")
+    return torch.device(name)
 
 
 def summary(specification: Architecture, classes: int) -> str:

@@ -1,44 +1,58 @@
-"""A run, from its configuration to its figures: what mnist-train does once its settings are known to be right."""
+"""A run as a recipe: data, network, module, callbacks, logger, trainer, fit, test, figures."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import logging
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.memory import is_oom_error
 from torch import Tensor
 
-from mnist_cnn.config.schema import UserError
+from mnist_cnn.config.schema import RunError, UserError
 from mnist_cnn.config.settings import Train
+from mnist_cnn.data.augmentation import Affine
 from mnist_cnn.data.datamodule import MNISTDataModule
 from mnist_cnn.inference.classifier import Classifier, load_classifier
 from mnist_cnn.inference.metrics import Scores, score
-from mnist_cnn.models.checkpoint import check_precision, find_device
-from mnist_cnn.models.convnet import summary
-from mnist_cnn.runs.folder import alone_in, describe_run, refuse_occupied, resumed, write_whole
-from mnist_cnn.training.data_parallel import SharedClassifier, shared_logits
-from mnist_cnn.training.gathering import gathered
-from mnist_cnn.training.module import DigitClassifier, Row
-from mnist_cnn.training.parts import classifier_for, first_network, trainer_for
-from mnist_cnn.training.progress import quiet
-from mnist_cnn.training.ranks import Group
-from mnist_cnn.training.resume import PREVIOUS, Stopped, failing_clearly, last_whole, stoppable
+from mnist_cnn.models.checkpoint import rebuild
+from mnist_cnn.models.convnet import ConvNet, find_device, summary
+from mnist_cnn.runs.folder import alone_in, describe_run, refuse_occupied, resumed, write_csv, write_whole
+from mnist_cnn.training.callbacks import (
+    BEST,
+    LAST,
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    LastCheckpoint,
+    Stopped,
+    StopRequest,
+    find_last_checkpoint,
+    progress_bars,
+    stop_on_signal,
+    user_callbacks,
+)
+from mnist_cnn.training.distributed import is_data_parallel, launch, strategy_for
+from mnist_cnn.training.module import DigitClassifier, EpochRow
+from mnist_cnn.training.optimizers import check_factory, instantiate
 
 log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 Metrics = dict[str, float | int | None]
-NOTHING: Mapping[str, Any] = MappingProxyType({})
-Watch = Callable[[list[Row]], None]
 
 
 def fit(
@@ -46,132 +60,304 @@ def fit(
     folder: Path,
     overrides: Sequence[str] = (),
     choices: Mapping[str, Any] = NOTHING,
-    watch: Watch | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    silent: bool = False,
 ) -> Metrics:
-    """A whole run in `folder`: data, network, epochs, one test, figures and pictures.
+    """A whole run in `folder`; what metrics.json then holds.
 
-    A sweep gives `watch`: it takes the place of the bars, gets the rows of all epochs so far at the end of each, and
-    ends the run by raising.
+    Args:
+        config: of the run; with `resume`, of what the command line says beside it.
+        overrides, choices: of the command line, for the record in config.yaml.
+        callbacks: of Lightning's, beside the configuration's own; in one process only.
+        silent: draw no progress bar.
+
+    Raises:
+        UserError: a setting, a file or a device is wrong.
+        RunError: the work failed: a full disk, too little memory, a loss that is not finite, a rank that was killed.
+        SystemExit: 128 + n after signal n, with everything saved.
     """
     if config.resume:
         config, finished = resumed(config, folder, overrides)
         if finished:
             log.info("%s has finished already: nothing was changed", folder)
             return finished
-    with alone_in(folder), stoppable(folder) as training, gathered(config, folder) as group:
+    # Of several machines only that of rank 0 has the folder, and which it is shows later.
+    alone = alone_in(folder) if config.accelerator.num_nodes == 1 else nullcontext()
+    with alone, stop_on_signal(folder) as stop:
         if not config.resume:
             refuse_occupied(folder)
-        return _fit(config, folder, overrides, choices, watch, training, group)
+        if is_data_parallel(config):
+            return launch(run, config, folder, overrides, choices) or {}
+        return run(config, folder, overrides, choices, stop, callbacks, silent)
 
 
-def _fit(
+def run(
     config: Train,
     folder: Path,
     overrides: Sequence[str],
     choices: Mapping[str, Any],
-    watch: Watch | None,
-    training: list[DigitClassifier],
-    group: Group | None,
+    stop: StopRequest,
+    callbacks: Sequence[pl.Callback] = (),
+    silent: bool = False,
 ) -> Metrics:
-    device = prepare(config, group)
-    data = MNISTDataModule(**config.data.model_dump(), seed=config.seed, stretches=True)
+    """What each rank does, and of a single process all there is."""
+    device = prepare(config)
+    data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
     data.setup()
-    continued = last_whole(folder, config) if config.resume else None
-    network, config = first_network(config, data, overrides, continued is not None)
-    log.info("%s", data.shapes())
-    log.info("%s", summary(network.specification, len(data.classes)))
-    classifier = classifier_for(config, network, data, folder, group, watch)
-    trainer = trainer_for(config, data, folder, device, group, silent=watch is not None)
-    path, earlier = continued or (None, 0.0)
-    if group:
-        log.info("%s", shares(config, device, group))
-        job = {"config": config.model_dump(mode="json"), "folder": str(folder), "checkpoint": path and str(path)}
-        group.hand_over(job)
-    describe_run(folder, config, overrides, choices)
+    checkpoint = find_last_checkpoint(folder, config) if config.resume else None
+    network, config = first_network(config, data, overrides, checkpoint is not None)
+    module = module_for(config, network)
+    trainer = trainer_for(config, folder, device, stop, len(data.validation.labels) > 0, callbacks, silent)
+    if trainer.is_global_zero:
+        log.info("%s", data.shapes())
+        log.info("%s", summary(network.specification, len(data.classes)))
+        describe_run(folder, config, overrides, choices)
 
     start = time.perf_counter()
-    training.append(classifier)  # from here on a signal lets it finish its step and save
-    with failing_clearly(folder, config, network):
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        trainer.fit(classifier, datamodule=data, ckpt_path=path, weights_only=True)
-        if isinstance(classifier, SharedClassifier):
-            classifier.agree()
-    training.clear()
-    if classifier.stopping:
-        raise Stopped(classifier.stopping)
-    seconds = {"fit": earlier + time.perf_counter() - start, "train": earlier + classifier.ended - classifier.begun}
+    stop.training = True  # from here on a signal lets it finish its step and save
+    with clear_failures(folder, config, network):
+        (folder / "checkpoints").mkdir(exist_ok=True, parents=True)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    stop.training = False
+    if stop.signum:
+        raise Stopped(stop.signum)
+    if not trainer.is_global_zero:
+        return {}
+    if config.trainer.get("fast_dev_run"):
+        log.info("trainer.fast_dev_run: a batch of training and of validation went well; nothing was kept")
+        return {}
+    if not module.history:
+        raise UserError("nothing was trained: trainer.limit_train_batches leaves no batch")
+    write_csv(folder / "metrics.csv", module.history)  # where a run continued after its last epoch
+    before = sum(row["seconds"] for row in module.history) - (module.last_step - module.first_step)
+    earlier = max(before, 0.0) if checkpoint else 0.0  # seconds of what was trained before this start
+    seconds = {"fit": earlier + time.perf_counter() - start, "train": earlier + module.last_step - module.first_step}
+    return evaluated(config, folder, data, module, trainer, device, seconds)
 
-    # The test set is looked at once, through the checkpoint that the user keeps.
+
+def evaluated(
+    config: Train,
+    folder: Path,
+    data: MNISTDataModule,
+    module: DigitClassifier,
+    trainer: pl.Trainer,
+    device: torch.device,
+    seconds: dict[str, float],
+) -> Metrics:
+    """The test, looked at once and through the checkpoint that the user keeps; the run's figures and pictures."""
+    path = next(path for name in (BEST, LAST) if (path := folder / "checkpoints" / name).exists())
+    best = load_classifier(path, device.type, config.tta)
+    logits, scores = None, None
     if config.test:
-        best, logits, seconds["test"] = tested(folder / "checkpoints" / "best.ckpt", data, device, config.views, group)
+        start = time.perf_counter()
+        logits = best.logits(data.test.images)  # (N, classes)
+        seconds["test"] = time.perf_counter() - start
         scores = score(logits, data.test.labels)
-    else:
-        best, logits, scores = load_classifier(folder / "checkpoints" / "best.ckpt", device.type), None, None
-    metrics = metrics_of(best, scores, len(classifier.history), seconds)
+    metrics = metrics_of(best, scores, len(module.history), seconds)
     for logger in trainer.loggers:
         if scores:
             logger.log_metrics({"test/loss": scores.loss, "test/accuracy": scores.accuracy}, trainer.global_step)
         logger.finalize("success")
     if config.plots:
-        draw(folder / "plots", best, data, classifier.history, logits, scores)
+        draw(folder / "plots", best, data, module.history, logits, scores)
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    (folder / "checkpoints" / PREVIOUS).unlink(missing_ok=True)
     if scores:
         log.info("%s", scores.headline("test"))
     log.info("%s", folder)
     return metrics
 
 
-def prepare(config: Train, group: Group | None) -> torch.device:
-    """Set up torch for a run, in each of its processes.
+# --- parts of a run ------------------------------------------------------------------------------------------
+
+
+def prepare(config: Train) -> torch.device:
+    """Set up torch for a run.
 
     Raises:
         UserError: there are not as many devices, or they do not do this precision.
     """
-    quiet()
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric", "mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # tips and warnings that a user can do nothing about
+    warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torchmetrics|torch)(\.|$)")
     device = find_device(config.accelerator.name)
     if device.type == "cuda" and (found := torch.cuda.device_count()) < config.accelerator.devices:
         asked = f"accelerator.devices={config.accelerator.devices}"
         raise UserError(f"{asked} is more than the CUDA devices that torch finds here: {found}")
     check_precision(config.accelerator.precision, device)
+    if config.trainer.get("sync_batchnorm") and device.type == "cpu":
+        raise UserError("trainer.sync_batchnorm=true: torch has it for CUDA only; leave it out on a CPU")
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
-    elif group and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.accelerator.devices))
     keep_memory()
     torch.manual_seed(config.seed)
     return device
 
 
-def shares(config: Train, device: torch.device, group: Group) -> str:
-    size, each = config.data.batch_size, config.data.batch_size // group.size
-    where = f"on {config.accelerator.num_nodes} machines" if config.accelerator.num_nodes > 1 else "on this machine"
-    threads = f"; threads of each: {torch.get_num_threads()}" if device.type == "cpu" else ""
-    return f"{group.size} ranks {where} ({device.type}), each with {each} of a batch's {size} digits{threads}"
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what the device would do, but by emulation, up to hundreds of times slower.
 
-
-def tested(
-    checkpoint: Path, data: MNISTDataModule, device: torch.device, views: Literal[1, 5, 9], group: Group | None
-) -> tuple[Classifier, Tensor, float]:
-    """A checkpoint's classifier, its logits (N, classes) of the test digits, and the seconds they took.
-
-    Each rank does a share of the digits, and its seconds are with the reading of the checkpoint.
+    Raises:
+        UserError: half precision away from CUDA, or bfloat16 on a CPU without instructions for it.
     """
-    start = time.perf_counter()
-    if group:
-        best, logits = shared_logits(checkpoint, data.test.images, device.type, views, group)
-    else:
-        best = load_classifier(checkpoint, device.type, views)
-        start = time.perf_counter()
-        logits = best.logits(data.test.images)
-    return best, logits, time.perf_counter() - start
+    if device.type != "cpu" or precision == "32-true":
+        return
+    if precision == "16-mixed":
+        raise UserError(
+            "accelerator.precision=16-mixed needs CUDA; use 32-true, or bf16-mixed where the CPU has bfloat16"
+        )
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 and newer
+        has = torch.cpu.get_capabilities()
+        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:  # torch 2.10 has no public way
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not fast:
+        raise UserError(
+            "accelerator.precision=bf16-mixed: this CPU has no bfloat16 instructions (AVX-512 BF16, AMX or Arm's BF16) "
+            "and would emulate them, far slower; leave accelerator.precision at 32-true"
+        )
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is freed: activations are else given back and faulted in anew at every step."""
+    """Have glibc keep what is freed: activations are else given back and faulted in again at every step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+def first_network(
+    config: Train, data: MNISTDataModule, overrides: Sequence[str], continued: bool
+) -> tuple[ConvNet, Train]:
+    """The network before its first step, and the configuration with the architecture that it really has.
+
+    Raises:
+        UserError: the command line asks for another architecture or normalization than those of `initialize`.
+    """
+    if continued or not config.initialize:  # a continued run has its weights from its own last checkpoint
+        network = ConvNet(config.architecture, len(data.classes), data.mean, data.std)
+    else:
+        # The weights were trained on digits normalised by their own figures, so those stay.
+        network, description = rebuild(config.initialize)
+        asked = [word for word in overrides if word.lstrip("+").startswith(("architecture", "experiment"))]
+        if asked and description.architecture != config.architecture:
+            raise UserError(
+                f"{' '.join(asked)} is not the architecture of initialize={config.initialize}; "
+                "leave it out: the checkpoint brings its own"
+            )
+        figures = description.data.normalization
+        if config.data.normalization != figures and any("data.normalization" in word for word in overrides):
+            raise UserError(
+                f"data.normalization={config.data.normalization}: initialize={config.initialize} was trained with "
+                f"{figures}; leave it out: the checkpoint brings its own"
+            )
+        seen = description.data.model_dump(exclude={"normalization"})
+        wanted = {**config.data.model_dump(include=set(seen)), "seed": config.seed}
+        if data.data_name == seen["name"] and config.data.validation and wanted != seen:
+            log.warning("warning: %s was trained on some of these validation digits", config.initialize)
+        own = {
+            "architecture": description.architecture,
+            "data": config.data.model_copy(update={"normalization": figures}),
+        }
+        config = config.model_copy(update=own)
+        data.normalization = figures
+        if description.classes != data.classes:
+            network.replace_logits(len(data.classes))
+    network.onednn = True
+    if config.freeze == "blocks":
+        network.blocks.requires_grad_(False)
+    return network, config
+
+
+def module_for(config: Train, network: ConvNet) -> DigitClassifier:
+    """The LightningModule of a run, its optimizer and schedule tried before training starts."""
+    optimizer = instantiate(config.optimizer, "optimizer")
+    scheduler = instantiate(config.schedule.scheduler, "schedule.scheduler")
+    length = config.schedule.length
+    example = check_factory(optimizer, "optimizer", [p for p in network.parameters() if p.requires_grad])
+    check_factory(scheduler, "schedule.scheduler", example, **({length: 10} if length else {}))
+    augment = Affine(config.augmentation) if config.augmentation.warps() else None
+    return DigitClassifier(
+        network,
+        optimizer,
+        scheduler,
+        config.schedule.interval,
+        length,
+        seed=config.seed,
+        augment=augment,
+        label_smoothing=config.label_smoothing,
+    )
+
+
+def trainer_for(
+    config: Train,
+    folder: Path,
+    device: torch.device,
+    stop: StopRequest,
+    validated: bool,
+    callbacks: Sequence[pl.Callback],
+    silent: bool,
+) -> pl.Trainer:
+    """Lightning's Trainer with the run's checkpoints and the user's flags and callbacks."""
+    strategy = strategy_for(config)
+    first = strategy == "auto" or strategy.cluster_environment.global_rank() == 0
+    monitor = "val/accuracy" if validated and config.selection == "best" else None
+    averages = [EMAWeightAveraging(device=device, decay=config.ema_decay)] if config.ema_decay else []
+    try:
+        return pl.Trainer(
+            **config.trainer,
+            accelerator=device.type,
+            devices=config.accelerator.devices,
+            num_nodes=config.accelerator.num_nodes,
+            strategy=strategy,
+            precision=config.accelerator.precision,
+            max_epochs=config.epochs,
+            default_root_dir=folder,
+            logger=instantiate(config.logger, "logger") if config.logger and first else False,
+            callbacks=[
+                *averages,
+                *user_callbacks(config, validated),
+                *callbacks,
+                *([] if silent or not first else progress_bars(config.epochs)),
+                BestCheckpoint(folder, monitor),
+                LastCheckpoint(folder, config.checkpoint.every_seconds, stop, config.epochs),
+            ],
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"trainer: pl.Trainer refuses these flags: {error}") from None
+
+
+@contextmanager
+def clear_failures(folder: Path, config: Train, network: ConvNet) -> Iterator[None]:
+    """What goes wrong while a network trains in the user's words.
+
+    Raises:
+        RunError: the disk is full, the folder is gone, or the memory does not suffice.
+        UserError: Lightning cannot do what the configuration asks for.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.filename or folder}: {error.strerror or error}"
+        kept = (folder / "checkpoints" / LAST).exists()
+        remedy = f"its last checkpoint is whole; mend this, then continue with: mnist-train resume={folder}"
+        raise RunError(f"{reason}; {remedy if kept else 'no checkpoint was written yet'}") from None
+    except MisconfigurationException as error:
+        raise UserError(f"trainer or callbacks: {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or is_oom_error(error)):
+            raise
+        layers = [f"{block.filters}@{block.kernel}×{block.kernel}" for block in config.architecture.blocks]
+        layers += [str(dense.units) for dense in config.architecture.dense]
+        raise RunError(
+            f"out of memory with data.batch_size={config.data.batch_size} and a network of "
+            f"{network.parameter_count():,} parameters ({', '.join(layers)}); make one of them smaller"
+        ) from None
+
+
+# --- figures -------------------------------------------------------------------------------------------------
 
 
 def metrics_of(best: Classifier, scores: Scores | None, epochs: int, seconds: Mapping[str, float]) -> Metrics:
@@ -196,7 +382,7 @@ def draw(
     folder: Path,
     best: Classifier,
     data: MNISTDataModule,
-    history: list[Row],
+    history: list[EpochRow],
     logits: Tensor | None,
     scores: Scores | None,
 ) -> None:
@@ -210,4 +396,4 @@ def draw(
         return
     label = data.classes[int(data.test.labels[0])]
     plots.feature_maps(best.network, data.test.images[0], label, folder)
-    plots.results(folder, data.test.images, data.test.labels, logits.argmax(1), scores, data.classes)
+    plots.evaluation_plots(folder, data.test.images, data.test.labels, logits.argmax(1), scores, data.classes)

@@ -1,4 +1,4 @@
-"""`DigitClassifier`: one shared step; loss and correct count are kept on the device and read once an epoch."""
+"""`DigitClassifier`: the LightningModule. One batch a step; loss and accuracy stay on the device until asked for."""
 
 from __future__ import annotations
 
@@ -15,22 +15,77 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from mnist_cnn.config.schema import NotFiniteError
+from mnist_cnn.data.datamodule import MNISTDataModule
+from mnist_cnn.models.checkpoint import FORMAT
 from mnist_cnn.models.convnet import ConvNet
+from mnist_cnn.runs.folder import versions
 
 REMEDY = "try a smaller optimizer.lr, or a schedule that begins lower; the checkpoint before it is kept"
+PENDING = 32  # batches whose results are added to the sums at once: a small network's step takes no longer than that
 
-Row = dict[str, float]
-Batch = tuple[Tensor, Tensor]
+EpochRow = dict[str, float]  # a line of metrics.csv
 
 
-def _batches(stretch: Batch | tuple[Batch, ...]) -> tuple[Batch, ...]:
-    return (stretch,) if stretch and isinstance(stretch[0], Tensor) else stretch
+class EpochSums:
+    """Loss and count of correct digits of an epoch so far, on the device."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.correct = torch.zeros((), dtype=torch.int64)
+        self.seen = 0
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """The mean loss (), logits (B, classes) and labels (B,) of a batch."""
+        self._pending.append((loss, logits, labels))
+        self.seen += len(labels)
+        if len(self._pending) == PENDING:
+            self._add_pending()
+
+    def _add_pending(self) -> None:
+        if not self._pending:
+            return
+        losses, logits, labels = zip(*self._pending, strict=True)
+        self._pending = []
+        device = losses[0].device
+        sizes = torch.tensor([len(part) for part in labels], device=device)
+        each = torch.stack(losses).double() * sizes
+        # One after the other, so that the sum is the same wherever a run was stopped.
+        self.loss_sum = torch.cat([self.loss_sum.to(device)[None], each]).cumsum(0)[-1]
+        self.correct = self.correct.to(device) + (torch.cat(logits).argmax(1) == torch.cat(labels)).sum()
+
+    def figures(self, part: str) -> EpochRow:
+        """Mean loss and accuracy, as `part/loss` and `part/accuracy`."""
+        self._add_pending()
+        count = max(self.seen, 1)
+        return {f"{part}/loss": self.loss_sum.item() / count, f"{part}/accuracy": self.correct.item() / count}
+
+    def state_dict(self) -> dict[str, Any]:
+        self._add_pending()
+        return {"loss_sum": self.loss_sum, "correct": self.correct, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss_sum, self.correct, self.seen = state["loss_sum"], state["correct"], state["seen"]
+
+    def summed(self, strategy: Any, device: torch.device) -> EpochSums:
+        """Those of all ranks of a Lightning `strategy`; float64 counts digits exactly."""
+        self._add_pending()
+        sums = torch.stack([self.loss_sum, self.correct.double(), torch.tensor(float(self.seen)).double()]).to(device)
+        sums = strategy.reduce(sums, reduce_op="sum")
+        total = EpochSums()
+        total.loss_sum, total.correct, total.seen = sums[0], sums[1].long(), int(sums[2])
+        return total
 
 
 class DigitClassifier(pl.LightningModule):
     """Trains a `ConvNet` by cross entropy on batches of uint8 (B, 1, 28, 28) and class indices (B,).
 
-    A loader may hand over one batch or a tuple of them at a time (`MNISTDataModule(stretches=True)`).
+    Logs `train/loss`, `train/accuracy`, `val/loss`, `val/accuracy` and `learning_rate` at each epoch's end. Its
+    checkpoints carry a description from which `load_classifier` rebuilds the network. The random numbers of a step are
+    a function of (seed, epoch, batch), so that a resumed run draws the same.
 
     Args:
         network: what is trained.
@@ -38,16 +93,14 @@ class DigitClassifier(pl.LightningModule):
         scheduler: from the optimizer to a scheduler, where there is one.
         interval: step or epoch, when the scheduler moves.
         length: name of the scheduler's argument that takes the run's number of intervals.
-        seed: with the epoch it fixes dropout.
-        description: plain values that a checkpoint carries beside the weights.
-        report: is given the rows of all epochs so far at each epoch's end.
-        augment: warps the digits of each training batch.
-        label_smoothing: the share of each label that training's loss spreads over all classes.
-    """
+        seed: of dropout and augmentation.
+        augment: from images (B, 1, 28, 28) of training to what the network sees of them.
+        label_smoothing: the fraction of each label that training's loss spreads over all classes.
 
-    loss_sum: Tensor
-    correct: Tensor
-    seen: int
+    Attributes:
+        history: a row of figures for each epoch that has ended.
+        first_step, last_step: when the first batch was begun here and the last step had ended, time.perf_counter().
+    """
 
     def __init__(
         self,
@@ -57,8 +110,6 @@ class DigitClassifier(pl.LightningModule):
         interval: str = "epoch",
         length: str | None = None,
         seed: int = 1,
-        description: dict[str, Any] | None = None,
-        report: Callable[[list[Row]], None] | None = None,
         augment: Callable[[Tensor], Tensor] | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
@@ -66,207 +117,191 @@ class DigitClassifier(pl.LightningModule):
         self.network = network
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.interval, self.length = interval, length
-        self.seed, self.description, self.report = seed, description or {}, report
-        self.augment, self.label_smoothing = augment, label_smoothing
-        self.history: list[Row] = []
-        self.automatic_optimization = False
-        self.begun = self.ended = 0.0  # when this process took its first batch, and had done its last step so far
-        self.position = 0  # optimizer steps done in this epoch
-        self.stopping = 0  # the signal after which a stretch ends with the step that it is in
-        self.continued: dict[str, Any] | None = None  # what `so_far` gave in the middle of the epoch that comes first
-        self._reset()
+        self.seed, self.augment, self.label_smoothing = seed, augment, label_smoothing
+        self.history: list[EpochRow] = []
+        self.first_step = self.last_step = 0.0
+        self._training_sums, self._validation_sums = EpochSums(), EpochSums()
+        self._validated: EpochRow = {}  # the last validation's figures in this epoch
+        self._unfinished: dict[str, Any] | None = None  # from a checkpoint within an epoch
 
     def forward(self, images: Tensor) -> Tensor:
         """Images uint8 (N, 1, 28, 28) to logits (N, classes)."""
         return self.network(images)
 
-    # --- the step ------------------------------------------------------------------------------------------
+    # --- steps ---------------------------------------------------------------------------------------------------
 
-    def training_step(self, stretch: Batch | tuple[Batch, ...], index: int) -> None:
-        """Several optimizer steps: Lightning's own work each step would else cost more than a small network's.
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.first_step = self.first_step or time.perf_counter()
+        # A rank other than 0 draws its own numbers; rank 0 draws those of a single process.
+        number = (self.seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx + self.global_rank * 2**40
+        torch.default_generator.manual_seed(number % 2**63)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number % 2**63)
 
-        `stretch` is a batch or a tuple of them. `stopping` ends it after the step it is in.
-        """
-        schedule = self.lr_schedulers() if self.interval == "step" else None
-        # Lightning's hooks around a backward pass and a step are for gradient scalers and other processes only, and
-        # cost some 5 % of a small network's time.
-        hooks = self.trainer.world_size > 1 or getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        optimizer: Any = self.optimizers(use_pl_optimizer=hooks)
-        counted = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress  # global_step reads it
-        backward = self.manual_backward if hooks else Tensor.backward
-        results: list[tuple[Tensor, Tensor, Tensor]] = []
-        rates: list[float] = []
-        for images, labels in _batches(stretch):
-            rates.append(optimizer.param_groups[0]["lr"])
-            loss, logits = self.loss_of(images, labels)
-            optimizer.zero_grad()
-            backward(loss)
-            optimizer.step()
-            if not hooks:
-                counted.increment_ready()
-                counted.increment_completed()
-            torch.clear_autocast_cache()  # of the weights before the step
-            if schedule is not None:
-                schedule.step()  # type: ignore[union-attr]
-            results.append((loss.detach(), logits.detach(), labels))
-            if self.stopping:
-                break
-        self.position += len(results)
-        self._count(results)
-        if self.device.type == "cpu" and not math.isfinite(self.loss_sum.item()):  # elsewhere this would wait
-            self._refuse([loss for loss, _, _ in results], rates)
-
-    def loss_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Training's loss, of the digits as they are warped and the labels as they are smoothed, and the logits."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels, *weight = batch  # the weight: see DigitLoader
         if self.augment is not None:
             images = self.augment(images)
-        logits = self.network(images)
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), logits
+        logits = self.network(images)  # (B, classes)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self._count(loss.detach(), logits.detach(), labels, *weight)
+        return loss * weight[0] if weight else loss
 
-    def _refuse(self, losses: list[Tensor], rates: list[float]) -> None:
-        """End the run at the first of a stretch's losses that is not finite."""
-        first = next(index for index, loss in enumerate(losses) if not loss.isfinite())
-        step = self.global_step - len(losses) + first + 1
-        raise NotFiniteError(f"the loss of step {step:,} is not finite, at learning rate {rates[first]:g}: {REMEDY}")
+    @torch.compiler.disable  # counting is no part of a compiled step
+    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: float = 1.0) -> None:
+        if self.device.type == "cpu" and not math.isfinite(loss.item()):  # on another device this would wait
+            raise NotFiniteError(f"the loss of step {self.global_step + 1:,} is not finite, {self._rate()}: {REMEDY}")
+        if weight:
+            self._training_sums.add(loss, logits, labels)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels, *weight = batch
+        if not weight or weight[0]:
+            logits = self.network(images)
+            self._validation_sums.add(F.cross_entropy(logits, labels), logits, labels)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Images uint8 (B, 1, 28, 28), alone or with labels, to probabilities (B, classes)."""
+        return torch.softmax(self.network(batch if isinstance(batch, Tensor) else batch[0]), dim=1)
+
+    # --- epochs --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        if self._unfinished is not None:  # Lightning goes on within the epoch: on_train_epoch_start is not called
+            self._begin_epoch()
+
+    def on_train_epoch_start(self) -> None:
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        if not any(parameter.requires_grad for parameter in self.network.blocks.parameters()):
+            self.network.blocks.eval()  # frozen: neither dropout nor batch norm's statistics move
+        self._validated = {}
+        self._training_sums.reset()
+        self.started, self.rate = time.perf_counter(), self.trainer.optimizers[0].param_groups[0]["lr"]
+        if self._unfinished is not None:
+            self._training_sums.load_state_dict(self._unfinished)
+            self.started -= self._unfinished["seconds"]
+            self.rate, self._validated = self._unfinished["rate"], dict(self._unfinished["validated"])
+            self._unfinished = None
+
+    def running(self) -> tuple[float, float]:
+        """Mean loss and accuracy of the epoch's training digits so far."""
+        figures = self._training_sums.figures("train")
+        return figures["train/loss"], figures["train/accuracy"]
+
+    def on_validation_epoch_start(self) -> None:
+        self._end_of_steps()
+        self._validation_sums.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        self._validated = self._summed(self._validation_sums).figures("val")
+        self.log_dict(self._validated)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self._summed(self._validation_sums).figures("test"))
+
+    def on_train_epoch_end(self) -> None:
+        if not self._training_sums.seen:  # with max_steps Lightning ends an epoch again when it resumes after it
+            return
+        if not self._validated:
+            self._end_of_steps()
+        self.require_finite()
+        trained = self._summed(self._training_sums).figures("train")
+        self.log_dict({**trained, "learning_rate": self.rate})
+        self.history.append(
+            {
+                "epoch": self.current_epoch + 1,
+                "step": self.global_step,
+                **trained,
+                **self._validated,
+                "learning_rate": self.rate,
+                "seconds": time.perf_counter() - self.started,
+            }
+        )
+        self._training_sums.reset()
+
+    def _summed(self, sums: EpochSums) -> EpochSums:
+        return sums if self.trainer.world_size == 1 else sums.summed(self.trainer.strategy, self.device)
+
+    def _end_of_steps(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.last_step = time.perf_counter()
 
     def require_finite(self) -> None:
         """Before a checkpoint is written: it must be one to continue from.
 
         Raises:
-            NotFiniteError: a weight or a loss is not.
+            NotFiniteError: a weight or a loss is not finite.
         """
-        figures = [self.loss_sum.item(), *self._validated.values()]
+        figures = [*self._training_sums.figures("train").values(), *self._validated.values()]
         if not all(map(math.isfinite, figures)) or not all(p.isfinite().all() for p in self.network.parameters()):
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            step = f"after step {self.global_step:,}, at learning rate {rate:g}"
-            raise NotFiniteError(f"the loss or a weight is not finite {step}: {REMEDY}")
+            raise NotFiniteError(
+                f"the loss or a weight is not finite after step {self.global_step:,}, {self._rate()}: {REMEDY}"
+            )
 
-    def due(self, overdue: bool) -> bool:
-        """Whether a checkpoint is to be written now, within an epoch."""
-        return overdue
+    def _rate(self) -> str:
+        return f"at learning rate {self.trainer.optimizers[0].param_groups[0]['lr']:g}"
 
-    def validation_step(self, stretch: Batch | tuple[Batch, ...], index: int) -> None:
-        results = []
-        for images, labels in _batches(stretch):
-            logits = self.network(images)
-            results.append((F.cross_entropy(logits, labels), logits, labels))
-        self._count(results)
-
-    test_step = validation_step
-
-    def _count(self, results: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Add losses, logits (B, classes) and labels (B,) to the sums, on the device."""
-        if not results:
-            return  # an epoch that was stopped after its last step
-        losses, logits, labels = zip(*results, strict=True)
-        sizes = torch.tensor([len(part) for part in labels], device=self.device)
-        # One after the other, so that the sum is the same wherever a run was stopped.
-        self.loss_sum = torch.cat([self.loss_sum[None], torch.stack(losses).double() * sizes]).cumsum(0)[-1]
-        self.correct += (torch.cat(logits).argmax(1) == torch.cat(labels)).sum()
-        self.seen += sum(len(part) for part in labels)
-
-    def _reset(self) -> None:
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.seen = 0
-
-    def _sums(self) -> tuple[Tensor, Tensor, int]:
-        return self.loss_sum, self.correct, self.seen
-
-    def running(self) -> tuple[float, float]:
-        """Mean loss and accuracy over the digits seen since the part began."""
-        return self.loss_sum.item() / max(self.seen, 1), self.correct.item() / max(self.seen, 1)
-
-    def _end_of_steps(self) -> None:
-        """Note when an epoch's last step was done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.ended = time.perf_counter()
-
-    def _figures(self, part: str) -> Row:
-        loss, accuracy = self.running()
-        return {f"{part}/loss": loss, f"{part}/accuracy": accuracy}
-
-    # --- epochs --------------------------------------------------------------------------------------------
-
-    def on_train_epoch_start(self) -> None:
-        if not any(parameter.requires_grad for parameter in self.network.blocks.parameters()):
-            self.network.blocks.eval()  # frozen: neither dropout nor batch norm's statistics move
-        self._validated: Row = {}
-        self._reset()
-        self.begun = self.begun or time.perf_counter()
-        so_far, self.continued = self.continued, None
-        if so_far is None:
-            self.position, self.started = 0, time.perf_counter()
-            self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # at the epoch's first step
-            torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
-            return
-        self.started = time.perf_counter() - so_far["seconds"]
-        self.rate, self.seen = float(so_far["rate"]), int(so_far["seen"])
-        self.loss_sum, self.correct = so_far["loss_sum"].to(self.device), so_far["correct"].to(self.device)
-        torch.set_rng_state(so_far["random"])
-        if "cuda_random" in so_far and self.device.type == "cuda":
-            torch.cuda.set_rng_state(so_far["cuda_random"], self.device)
-
-    def so_far(self) -> dict[str, Any]:
-        """What an epoch needs to go on from `position` as if nothing had been: sums, dropout's random states."""
-        loss_sum, correct, seen = self._trained if self.trainer.validating else self._sums()
-        state: dict[str, Any] = {"loss_sum": loss_sum, "correct": correct, "seen": seen}
-        state |= {"position": self.position, "rate": self.rate, "seconds": time.perf_counter() - self.started}
-        state["random"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            state["cuda_random"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def on_validation_epoch_start(self) -> None:
-        self._end_of_steps()
-        self._trained = self._sums()
-        self._reset()
-
-    def on_validation_epoch_end(self) -> None:
-        self._validated = self._figures("val")
-        self.log_dict({**self._validated, "step": float(self.global_step)})
-        self.loss_sum, self.correct, self.seen = self._trained
-
-    def on_train_epoch_end(self) -> None:
-        if not self._validated:
-            self._end_of_steps()
-        self.require_finite()
-        trained = self._figures("train")
-        self.log_dict({**trained, "step": float(self.global_step)})
-        row: Row = {"epoch": self.current_epoch + 1, "step": self.global_step, **trained, **self._validated}
-        row["learning_rate"] = self.rate
-        row["seconds"] = time.perf_counter() - self.started
-        self.history.append(row)
-        if self.make_scheduler is not None and self.interval == "epoch":
-            self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.position = 0  # of the next epoch
-        if self.report:
-            self.report(self.history)
-
-    def on_test_epoch_start(self) -> None:
-        self._reset()
-
-    def on_test_epoch_end(self) -> None:
-        self.log_dict(self._figures("test"))
-
-    # --- optimizer and checkpoint --------------------------------------------------------------------------
+    # --- optimizer and checkpoint --------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer([p for p in self.network.parameters() if p.requires_grad])
         if self.make_scheduler is None:
             return optimizer
-        epochs = self.trainer.max_epochs or 1
-        steps = epochs * self.trainer.datamodule.steps_per_epoch if self.interval == "step" else epochs  # type: ignore[attr-defined]
-        scheduler = self.make_scheduler(optimizer, **({self.length: steps} if self.length else {}))
+        intervals = self._steps() if self.interval == "step" else self.trainer.max_epochs or 1
+        scheduler = self.make_scheduler(optimizer, **({self.length: intervals} if self.length else {}))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
 
+    def _steps(self) -> int:
+        """The run's optimizer steps."""
+        trainer: Any = self.trainer
+        if not isinstance(trainer.datamodule, MNISTDataModule):
+            return int(trainer.estimated_stepping_batches)
+        # That property would set up the loader before Lightning has read the loader's state from a checkpoint.
+        batches = len(trainer.datamodule.train_dataloader())
+        limit = trainer.overfit_batches or trainer.limit_train_batches
+        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+        steps = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
+        return max(1, steps if trainer.max_steps < 0 else min(steps, trainer.max_steps))
+
+    def description(self) -> dict[str, Any]:
+        """What rebuilds the network, and which digits it saw, as numbers, strings, lists and dicts only."""
+        classes = [str(number) for number in range(self.network.logits.out_features)]
+        seen: dict[str, Any] = {"name": "mnist", "validation": 0, "validation_from": "last"}
+        seen |= {"normalization": "unit", "seed": self.seed}
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, MNISTDataModule):
+            classes = list(data.classes)
+            seen |= {"name": data.data_name, "validation": data.validation_size, "seed": data.seed}
+            seen |= {"validation_from": data.validation_from, "normalization": data.normalization}
+        return {
+            "format": FORMAT,
+            "architecture": self.network.specification.model_dump(),
+            "classes": classes,
+            "data": seen,
+            "versions": versions(),
+            "history": [dict(row) for row in self.history],
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what rebuilds the network, as numbers, strings, lists and dicts only."""
-        checkpoint["mnist_cnn"] = {**self.description, "history": [dict(row) for row in self.history]}
+        checkpoint["mnist_cnn"] = self.description()
+        if self._training_sums.seen:
+            checkpoint["unfinished_epoch"] = {
+                **self._summed(self._training_sums).state_dict(),
+                "rate": self.rate,
+                "seconds": time.perf_counter() - self.started,
+                "validated": dict(self._validated),
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = [dict(row) for row in checkpoint["mnist_cnn"]["history"]]
-        self.continued = checkpoint.get("epoch_so_far")
-        self.position = self.continued["position"] if self.continued else 0
-        self.trainer.datamodule.resumed = (len(self.history), self.position)  # type: ignore[attr-defined]
+        # Of several ranks, the first takes the sums of all.
+        self._unfinished = checkpoint.get("unfinished_epoch")
+        if self._unfinished is not None and self.global_rank > 0:
+            self._unfinished = {**self._unfinished, **EpochSums().state_dict()}

@@ -1,14 +1,19 @@
-"""Keras 3's Adam and RMSprop, where torch's place epsilon elsewhere; a linear schedule."""
+"""What a YAML's `_target_` names; Keras 3's Adam and RMSprop, whose epsilon stands elsewhere; a linear schedule."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import hydra
 import numpy as np
 import torch
+from hydra.errors import InstantiationException
 from torch import Tensor
+
+from mnist_cnn.config.schema import UserError, nearest
 
 
 class _KerasOptimizer(torch.optim.Optimizer):
@@ -106,9 +111,9 @@ class KerasRMSprop(_KerasOptimizer):
 def linear(
     optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.1, final: float = 0.0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Every rate up to its own value in a share `warmup` of the steps, then down to the share `final` of it."""
+    """Every rate up to its own value in a fraction `warmup` of the steps, then down to the fraction `final` of it."""
     if not (0 <= warmup <= 1 and 0 <= final <= 1):
-        raise ValueError("warmup and final must be shares from 0 to 1")
+        raise ValueError("warmup and final must be fractions from 0 to 1")
     rising = max(round(warmup * steps), 1)
 
     def factor(step: int) -> float:
@@ -117,3 +122,44 @@ def linear(
         return 1 - (1 - final) * min((step + 1 - rising) / (steps + 1 - rising), 1)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+# --- `_target_`s of the user's own command line --------------------------------------------------------------
+
+
+def instantiate(node: Mapping[str, Any], key: str) -> Any:
+    """What a `_target_` of the user's own configuration names, with its errors in the user's words."""
+    try:
+        thing = hydra.utils.instantiate(dict(node), _convert_="all")  # a checkpoint holds plain values
+        if key == "logger":
+            _ = thing.experiment  # a logger connects here
+        return thing
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ModuleNotFoundError) and key == "logger":
+            extra = str(node["_target_"]).rpartition(".")[2].removesuffix("Logger").lower()
+            raise UserError(
+                f"logger={extra} needs a package that is not installed: pip install 'mnist-cnn[{extra}]'"
+            ) from None
+        raise UserError(f"{key}: {node.get('_target_')} cannot be made: {cause}") from None
+    except Exception as error:  # each logger has its own
+        raise UserError(f"{key}: {node.get('_target_')} does not start: {error}") from None
+
+
+def check_factory(make: Callable[..., Any], key: str, *arguments: Any, **length: int) -> Any:
+    """Make an optimizer or scheduler once, so that a wrong setting is found before training."""
+    function = getattr(make, "func", make)
+    known = inspect.signature(function).parameters
+    settings = {**getattr(make, "keywords", {}), **length}
+    for name in settings:
+        if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise UserError(f"unknown key {key}.{name} for {function.__name__}{nearest(name, known)}")
+    try:
+        thing = make(*arguments, **length)
+        for stepped in (*arguments, thing):  # without gradients an optimizer changes nothing
+            if hasattr(stepped, "step"):
+                stepped.step()
+        return thing
+    except Exception as error:  # each of torch's optimizers has its own
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise UserError(f"{key}: {function.__name__} refuses {shown}: {error}") from None

@@ -1,0 +1,312 @@
+"""Lightning's callbacks and plugins of a run: checkpoints that are whole, signals that end a step, progress."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from tqdm import tqdm
+
+from mnist_cnn.config.schema import UserError, nearest
+from mnist_cnn.config.settings import Train
+from mnist_cnn.models.checkpoint import network_of, read_checkpoint, save
+from mnist_cnn.runs.folder import write_csv, write_whole
+from mnist_cnn.training.module import DigitClassifier, EpochRow
+from mnist_cnn.training.optimizers import instantiate
+
+log = logging.getLogger(__name__)
+
+BEST, LAST = "best.ckpt", "last.ckpt"
+NEEDED = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "epoch", "global_step"}
+AVERAGED = {"current_model_state", "averaging_state"}  # where the weights are averaged
+QUEUE_SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+SECONDS_BETWEEN_UPDATES = 0.2  # of the bar
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, each whole and on the disk under its name, or not there at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save(Path(path), checkpoint)
+
+
+# --- signals -------------------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """A signal came, and what a run had to save is saved."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+class StopRequest:
+    """SIGINT and SIGTERM as a flag that a training step looks at; before training begins they end the run at once.
+
+    SIGUSR1 and SIGUSR2 are dealt with in the same way where something handles them, as submitit does to queue the job
+    again: it is handed the signal once the checkpoint is written.
+
+    Args:
+        patient: a second signal changes nothing, as for the ranks of a run, which hear of one several times; else it
+            ends the process at once.
+
+    Attributes:
+        signum: the signal that came, or 0.
+        training: whether a step is there to end.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
+        self.patient, self.signum, self.training = patient, 0, False
+        self.before: dict[int, Any] = {}
+
+    def __call__(self, signum: int, _: Any = None) -> None:
+        self.signum = signum
+        for number, handler in () if self.patient else self.before.items():
+            signal.signal(number, handler if number in QUEUE_SIGNALS else signal.SIG_DFL)
+        if not self.training:
+            raise Stopped(signum)
+
+    def install(self) -> None:
+        """Handle the signals, also after Lightning's connector has put its own handlers in place."""
+        if threading.current_thread() is not threading.main_thread() or self.signum:
+            return
+        queue = [number for number in QUEUE_SIGNALS if callable(signal.getsignal(number))]
+        for number in (signal.SIGINT, signal.SIGTERM, *queue):
+            handler = signal.signal(number, self)
+            self.before.setdefault(number, handler)
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stop_on_signal(folder: Path) -> Iterator[StopRequest]:
+    """A signal ends the run in `folder` with the line that continues it, and status 128 + its number."""
+    stop = StopRequest()
+    stop.install()
+    try:
+        yield stop
+    except Stopped as stopped:
+        begun = (folder / "config.yaml").exists()
+        how = f"continue with: mnist-train resume={folder}" if begun else "nothing was begun"
+        log.error("stopped by %s; %s", signal.Signals(stopped.signum).name, how)
+        if stopped.signum in QUEUE_SIGNALS and callable(queue_again := stop.before[stopped.signum]):
+            queue_again(stopped.signum, None)
+        raise SystemExit(128 + stopped.signum) from None
+    finally:
+        stop.restore()
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """best.ckpt at each epoch's end where `monitor` is higher than ever before; without one, at each epoch's end.
+
+    Its state is the best score alone: Lightning's has absolute paths, and a run that was moved would lose the score.
+    """
+
+    def __init__(self, folder: Path, monitor: str | None) -> None:
+        super().__init__(
+            folder / "checkpoints",
+            Path(BEST).stem,
+            monitor=monitor,
+            mode="max",
+            every_n_epochs=1,
+            save_on_train_epoch_end=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best_model_score if self.monitor else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["best"] is not None:
+            path = str(Path(self.dirpath or "", BEST))
+            self.best_model_score = self.kth_value = state_dict["best"]
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_k_models = {path: state_dict["best"]}
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """last.ckpt and metrics.csv at each epoch's end; last.ckpt within an epoch too, every so many seconds.
+
+    Where a signal asks for it, the run ends after that. At an epoch's last step it waits for the epoch's end, so that
+    no checkpoint stands between training and validation.
+    """
+
+    def __init__(self, folder: Path, seconds: float, stop: StopRequest, epochs: int) -> None:
+        self.folder, self.seconds, self.stop, self.epochs = folder, seconds, stop, epochs
+        self.saved = time.monotonic()
+        super().__init__(
+            folder / "checkpoints",
+            Path(LAST).stem,
+            every_n_epochs=1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.saved = time.monotonic()
+        self.stop.install()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # no gradients wait for others
+        if trainer.is_last_batch or _is_dev_run(trainer) or not between_steps:
+            return
+        due = bool(self.stop.signum) or time.monotonic() - self.saved > self.seconds
+        if not _any_rank(trainer, due):
+            return
+        assert isinstance(module, DigitClassifier)
+        module.require_finite()
+        trainer.save_checkpoint(self.folder / "checkpoints" / LAST)
+        self._end_of_save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if _is_dev_run(trainer):
+            return
+        assert isinstance(module, DigitClassifier)
+        if trainer.is_global_zero:
+            write_csv(self.folder / "metrics.csv", module.history)
+            log.info("%s", epoch_line(module.history[-1], self.epochs))
+        super().on_train_epoch_end(trainer, module)
+        self._end_of_save(trainer)
+
+    def _end_of_save(self, trainer: pl.Trainer) -> None:
+        self.saved = time.monotonic()
+        if _any_rank(trainer, bool(self.stop.signum)):
+            raise Stopped(self.stop.signum or signal.SIGTERM)
+
+
+def _is_dev_run(trainer: Any) -> bool:
+    return bool(trainer.fast_dev_run)
+
+
+def _any_rank(trainer: pl.Trainer, wish: bool) -> bool:
+    return wish if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(wish, all=False)
+
+
+def find_last_checkpoint(folder: Path, config: Train) -> Path | None:
+    """The newest checkpoint of a run from which it can go on; None where it begins again.
+
+    Raises:
+        UserError: it is of another network, other data or another seed than `config`, which someone has changed.
+    """
+    for name in (LAST, BEST):
+        path = folder / "checkpoints" / name
+        if not path.exists():
+            continue
+        needed = NEEDED | AVERAGED if config.ema_decay else NEEDED
+        try:
+            content, description = read_checkpoint(path)
+            if missing := needed - content.keys():
+                raise UserError(f"{path} has no {', '.join(sorted(missing))} to continue from")
+            for weights in ("state_dict", "current_model_state") if config.ema_decay else ("state_dict",):
+                network_of(path, description, content[weights])
+        except UserError as error:
+            log.warning("warning: %s", error)
+            continue
+        settings = config.model_dump()
+        theirs = {"architecture": description.architecture.model_dump(), **description.data.model_dump()}
+        ours = {**settings["data"], "architecture": settings["architecture"], "seed": settings["seed"]}
+        if differing := [key for key, value in theirs.items() if value != ours[key]]:
+            raise UserError(f"{folder / 'config.yaml'} was changed: its {', '.join(differing)} is not that of {path}")
+        if name != LAST:
+            log.warning("warning: continuing from %s, which is older", path)
+            write_whole(folder / "checkpoints" / LAST, path.read_bytes())  # no epoch may follow that would write it
+        return path
+    log.warning("warning: %s has no whole checkpoint: it begins again", folder)
+    return None
+
+
+# --- the user's own ------------------------------------------------------------------------------------------
+
+
+def user_callbacks(config: Train, validated: bool) -> list[pl.Callback]:
+    """Those that the configuration names.
+
+    Raises:
+        UserError: one cannot be made, is none of Lightning's, or watches a figure that a run does not log.
+    """
+    callbacks = {name: instantiate(each, f"callbacks.{name}") for name, each in config.callbacks.items()}
+    parts = ("train", "val") if validated else ("train",)
+    logged = [*(f"{part}/{figure}" for part in parts for figure in ("loss", "accuracy")), "learning_rate"]
+    for name, each in callbacks.items():
+        if not isinstance(each, pl.Callback):
+            raise UserError(f"callbacks.{name}: a {type(each).__name__} is no callback of Lightning's")
+        if isinstance(each, EarlyStopping) and each.strict and each.monitor not in logged:
+            raise UserError(
+                f"callbacks.{name}.monitor={each.monitor}: this run does not log it{nearest(each.monitor, logged)} "
+                f"(there are {', '.join(logged)})"
+            )
+    return list(callbacks.values())
+
+
+# --- progress ------------------------------------------------------------------------------------------------
+
+
+class ProgressBar(pl.Callback):
+    """A bar with the running loss and accuracy of the epoch, drawn a few times a second only.
+
+    Lightning's own bar would stay on the line on which an epoch's figures are printed.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self.bar = tqdm(disable=True)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        if self.bar.disable:
+            title = f"epoch {trainer.current_epoch + 1}/{self.epochs}"
+            total = trainer.num_training_batches
+            self.bar = tqdm(total=total, initial=index, desc=title, unit="batch", leave=False)
+            self.drawn = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        now = time.monotonic()
+        if now - self.drawn > SECONDS_BETWEEN_UPDATES:
+            self.drawn = now
+            assert isinstance(module, DigitClassifier)
+            loss, accuracy = module.running()
+            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+            self.bar.update(index + 1 - self.bar.n)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self.bar.close()
+
+
+def progress_bars(epochs: int) -> list[pl.Callback]:
+    """A bar on a terminal; elsewhere the line an epoch is all."""
+    return [ProgressBar(epochs)] if sys.stderr.isatty() else []
+
+
+def epoch_line(row: EpochRow, epochs: int) -> str:
+    line = f"epoch {row['epoch']:.0f}/{epochs}  loss {row['train/loss']:.4f}  accuracy {row['train/accuracy']:.2%}"
+    if "val/loss" in row:
+        line += f"  validation loss {row['val/loss']:.4f}  accuracy {row['val/accuracy']:.2%}"
+    return f"{line}  {row['seconds']:.1f} s"
