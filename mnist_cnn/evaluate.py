@@ -14,11 +14,14 @@ from omegaconf import DictConfig
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Evaluate
 from mnist_cnn.runs.folder import write_csv, write_whole
-from mnist_cnn.runs.hydra_app import plain, run_command
-from mnist_cnn.runs.jobs import guarded
+from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mnist_cnn.data.datasets import Digits
+    from mnist_cnn.inference.metrics import Scores
+    from mnist_cnn.models.checkpoint import Description
 
 log = logging.getLogger(__name__)
 
@@ -34,48 +37,76 @@ def main() -> None:
 
 
 def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
-    """Score a checkpoint, and leave evaluation.json, incorrect.csv and plots/ in `folder`."""
+    """Score a checkpoint, and leave evaluation.json, incorrect.csv and plots/ in `folder`; returns evaluation.json's.
+
+    Raises:
+        UserError: the checkpoint or the data cannot be read, or they do not fit each other or the settings.
+    """
     import torch
 
-    from mnist_cnn.data.datamodule import MNISTDataModule
-    from mnist_cnn.inference.classifier import load_classifier, together
-    from mnist_cnn.inference.metrics import per_class_table, score
+    from mnist_cnn.inference.classifier import load_classifier, mean_logits
+    from mnist_cnn.inference.metrics import score
 
-    classifier = load_classifier(config.checkpoint, config.accelerator.name, config.views)
+    classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta)
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
-    trained_on = classifier.description.data
-    name = trained_on.name if config.data.name == "as_trained" else config.data.name
-    held_out = trained_on.model_dump(include={"validation", "validation_from", "seed"})
-    data = MNISTDataModule(name, config.data.root, **(held_out if config.split == "validation" else {"validation": 0}))
+    digits, classes = load_digits(config, classifier.description)
+
+    member_logits = classifier.member_logits(digits.images)  # (networks · tta, N, classes)
+    logits = mean_logits(member_logits)  # (N, classes)
+    scores = score(logits, digits.labels)
+    if config.calibrate:
+        calibrate(config.checkpoint[0], member_logits, digits.labels, scores.calibration_error)
+
+    probabilities = torch.softmax(logits.double(), dim=1)
+    figures = write_results(folder, digits, classes, probabilities, scores)
+    if config.plots:
+        from mnist_cnn.inference import plots
+
+        plots.evaluation_plots(folder / "plots", digits.images, digits.labels, logits.argmax(1), scores, classes)
+    print_results(config, digits, classes, probabilities, scores)
+    log.info("%s", folder)
+    return figures
+
+
+def load_digits(config: Evaluate, trained_on: Description) -> tuple[Digits, list[str]]:
+    """The test digits, or those that the run held out, and the names of their classes.
+
+    Raises:
+        UserError: there are none, their classes are not the checkpoint's, or `probabilities` names one beyond the last.
+    """
+    from mnist_cnn.data.datamodule import MNISTDataModule
+
+    name = trained_on.data.name if config.data.name == "as_trained" else config.data.name
+    split = trained_on.data.model_dump(include={"validation", "validation_from", "seed"})
+    data = MNISTDataModule(name, config.data.root, **(split if config.split == "validation" else {"validation": 0}))
     data.setup()
-    if len(classifier.classes) != len(data.classes):
-        raise UserError(f"{name} has {len(data.classes)} classes, the checkpoint {len(classifier.classes)}")
+    if len(trained_on.classes) != len(data.classes):
+        raise UserError(f"{name} has {len(data.classes)} classes, the checkpoint {len(trained_on.classes)}")
     digits = data.test if config.split == "test" else data.validation
     if not len(digits.labels):
         raise UserError("split=validation: it was trained without validation digits; use split=test")
     if outside := [index for index in config.probabilities if index >= len(digits.labels)]:
         raise UserError(f"probabilities={outside}: {config.split} has digits 0 to {len(digits.labels) - 1}")
+    return digits, data.classes
 
-    each = classifier.each(digits.images)
-    logits = together(each)
-    scores = score(logits, digits.labels)
-    if config.calibrate:
-        calibrate(config.checkpoint[0], each, digits.labels, scores.calibration_error)
-    probabilities = torch.softmax(logits.double(), dim=1)
-    predicted = logits.argmax(1)
-    wrong = (predicted != digits.labels).nonzero().flatten().tolist()
+
+def write_results(
+    folder: Path, digits: Digits, classes: list[str], probabilities: Tensor, scores: Scores
+) -> dict[str, float]:
+    """Write incorrect.csv and evaluation.json, from probabilities (N, classes); returns what the latter holds."""
+    predicted = probabilities.argmax(1)
+    columns = [f"probability {name}" for name in classes]
     rows = [
         {
             "index": index,
-            "expected": data.classes[int(digits.labels[index])],
-            "predicted": data.classes[int(predicted[index])],
-            **{f"probability {name}": float(p) for name, p in zip(data.classes, probabilities[index], strict=True)},
+            "expected": classes[int(digits.labels[index])],
+            "predicted": classes[int(predicted[index])],
+            **dict(zip(columns, probabilities[index].tolist(), strict=True)),
         }
-        for index in wrong
+        for index in (predicted != digits.labels).nonzero().flatten().tolist()
     ]
-    header = ["index", "expected", "predicted", *(f"probability {name}" for name in data.classes)]
-    write_csv(folder / "incorrect.csv", rows, header)
+    write_csv(folder / "incorrect.csv", rows, ["index", "expected", "predicted", *columns])
     figures = {
         "loss": scores.loss,
         "accuracy": scores.accuracy,
@@ -84,39 +115,45 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
         "calibration_error": scores.calibration_error,
     }
     write_whole(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
-    if config.plots:
-        from mnist_cnn.inference import plots
-
-        plots.results(folder / "plots", digits.images, digits.labels, predicted, scores, data.classes)
-
-    log.info("%s", per_class_table(scores, data.classes))
-    for index in config.probabilities:
-        log.info("digit %d, expected %s", index, data.classes[int(digits.labels[index])])
-        for label, probability in zip(data.classes, probabilities[index].tolist(), strict=True):
-            log.info("%s: %.10f%%", label, 100 * probability)
-    log.info("calibration error %.4f, %d incorrect digits", scores.calibration_error, len(wrong))
-    log.info("%s", scores.headline(config.split))
-    log.info("%s", folder)
     return figures
 
 
-def calibrate(checkpoint: str, logits: Tensor, labels: Tensor, before: float) -> Path:
-    """Fit one temperature to the logits (views, N, classes), and write NAME_calibrated.ckpt with it beside the old one.
+def print_results(config: Evaluate, digits: Digits, classes: list[str], probabilities: Tensor, scores: Scores) -> None:
+    """The figures of each class, the probabilities of the digits that were asked for, and the headline."""
+    from mnist_cnn.inference.metrics import per_class_table
 
-    Guo et al., On Calibration of Modern Neural Networks, 2017: the accuracy stays as it is.
+    log.info("%s", per_class_table(scores, classes))
+    for index in config.probabilities:
+        log.info("digit %d, expected %s", index, classes[int(digits.labels[index])])
+        for label, probability in zip(classes, probabilities[index].tolist(), strict=True):
+            log.info("%s: %.10f%%", label, 100 * probability)
+    incorrect = int(scores.confusion.sum() - scores.confusion.trace())
+    log.info("calibration error %.4f, %d incorrect digits", scores.calibration_error, incorrect)
+    log.info("%s", scores.headline(config.split))
+
+
+def calibrate(checkpoint: str, member_logits: Tensor, labels: Tensor, error_before: float) -> Path:
+    """Fit one temperature, and write it into a new checkpoint, NAME_calibrated.ckpt, beside the old one.
+
+    The accuracy stays as it is (Guo et al., On Calibration of Modern Neural Networks, 2017).
+
+    Args:
+        member_logits: (tta, N, classes), of validation digits, divided by the checkpoint's temperature.
+        labels: (N,).
+        error_before: the calibration error without the new temperature, for the log.
     """
-    from mnist_cnn.inference.classifier import together
-    from mnist_cnn.inference.metrics import score, temperature_of
-    from mnist_cnn.models.checkpoint import find_checkpoint, read_checkpoint, save_weights
+    from mnist_cnn.inference.classifier import mean_logits
+    from mnist_cnn.inference.metrics import fit_temperature, score
+    from mnist_cnn.models.checkpoint import find_checkpoint, rebuild, save_weights
 
     path = find_checkpoint(checkpoint)
-    content, description = read_checkpoint(path)
-    found = temperature_of(logits, labels)  # of logits that the earlier temperature has divided already
+    network, description = rebuild(path)
+    factor = fit_temperature(member_logits, labels)
+    calibrated = description.model_copy(update={"temperature": description.temperature * factor})
     new = path.with_name(f"{path.stem}_calibrated.ckpt")
-    described = description.model_copy(update={"temperature": description.temperature * found})
-    save_weights(new, described, content["state_dict"])
-    after = score(together(logits / found), labels).calibration_error
-    log.info("temperature %.4f; calibration error before %.4f, after %.4f", described.temperature, before, after)
+    save_weights(new, calibrated, {f"network.{name}": value for name, value in network.state_dict().items()})
+    error = score(mean_logits(member_logits / factor), labels).calibration_error
+    log.info("temperature %.4f; calibration error before %.4f, after %.4f", calibrated.temperature, error_before, error)
     log.info("%s", new)
     return new
 

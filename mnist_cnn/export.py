@@ -16,11 +16,11 @@ from omegaconf import DictConfig
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Export
 from mnist_cnn.runs.folder import whole
-from mnist_cnn.runs.hydra_app import plain, run_command
-from mnist_cnn.runs.jobs import guarded
+from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.export import ExportedProgram
 
     from mnist_cnn.models.checkpoint import Description
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def export(config: Export) -> Path:
-    """Write the file, compare its probabilities with the checkpoint's, and leave it only where they are equal.
+    """Write the file that `config.output` names, if its probabilities are the checkpoint's to 1e-5; returns its path.
 
     Raises:
         UserError: the checkpoint cannot be read, a package is missing, or the probabilities differ.
@@ -68,27 +68,30 @@ def export(config: Export) -> Path:
 
 
 def largest_difference(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> float:
-    """Of the probabilities of the same random digits uint8 (N, 1, 28, 28), at each size of batch; NaN where one is."""
+    """Between the probabilities (N, classes) that two functions give the same random digits uint8 (N, 1, 28, 28).
+
+    Each size of `BATCHES` is tried. NaN where a probability is NaN, infinite where the shapes differ.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(1)
     differences = []
     for count in BATCHES:
         digits = torch.randint(0, 256, (count, 1, 28, 28), generator=generator, dtype=torch.uint8)
-        # Half of the pixels dark, as in digits.
+        # Half of the pixels are dark, as in digits.
         digits = digits * (torch.rand(digits.shape, generator=generator) < 0.5)
-        one, other = first(digits).detach(), second(digits)
-        if one.shape != other.shape:
+        ours, theirs = first(digits).detach(), second(digits)
+        if ours.shape != theirs.shape:
             return float("inf")
-        differences.append((one - other).abs().max())
+        differences.append((ours - theirs).abs().max())
     return float(torch.stack(differences).max())
 
 
-def _whole(network: nn.Module, description: Description) -> nn.Module:
+def _probability_module(network: nn.Module, description: Description) -> nn.Module:
     """Digits uint8 (N, 1, 28, 28) to probabilities float32 (N, classes): normalisation and temperature inside."""
     import torch
 
-    class Whole(torch.nn.Module):
+    class Probabilities(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.network = network
@@ -96,22 +99,22 @@ def _whole(network: nn.Module, description: Description) -> nn.Module:
         def forward(self, digits: Tensor) -> Tensor:
             return torch.softmax(self.network(digits) / description.temperature, dim=1)
 
-    return Whole().eval()
+    return Probabilities().eval()
 
 
-def _traced(network: nn.Module, description: Description) -> object:
+def _exported_program(network: nn.Module, description: Description) -> ExportedProgram:
     import torch
 
     digits = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
-    return torch.export.export(
-        _whole(network, description), (digits,), dynamic_shapes={"digits": {0: torch.export.Dim("batch", min=1)}}
-    )
+    any_batch = {"digits": {0: torch.export.Dim("batch", min=1)}}
+    return torch.export.export(_probability_module(network, description), (digits,), dynamic_shapes=any_batch)
 
 
 def write_onnx(network: nn.Module, description: Description, path: Path) -> Callable[[Tensor], Tensor]:
+    """Write an ONNX file; as the other writers, returns what gives the probabilities of the file just written."""
     import onnx
-    import onnxruntime  # noqa: F401 — what the comparison runs on
-    import onnxscript  # noqa: F401 — what torch writes the file with
+    import onnxruntime  # noqa: F401 — the comparison runs on it
+    import onnxscript  # noqa: F401 — torch writes the file with it
     import torch
 
     from mnist_cnn.inference.classifier import load_classifier
@@ -120,7 +123,7 @@ def write_onnx(network: nn.Module, description: Description, path: Path) -> Call
         logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # its optimizer prints what it removed
         program = torch.onnx.export(
-            _traced(network, description),  # type: ignore[arg-type]
+            _exported_program(network, description),
             input_names=["digits"],
             output_names=["probabilities"],
             dynamo=True,
@@ -128,7 +131,7 @@ def write_onnx(network: nn.Module, description: Description, path: Path) -> Call
         )
     assert program is not None
     model = program.model_proto
-    model.metadata_props.append(onnx.StringStringEntryProto(key="mnist_cnn", value=described_in_json(description)))
+    model.metadata_props.append(onnx.StringStringEntryProto(key="mnist_cnn", value=description_json(description)))
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
     exported = load_classifier(path, "cpu")
@@ -138,7 +141,7 @@ def write_onnx(network: nn.Module, description: Description, path: Path) -> Call
 def write_torch_export(network: nn.Module, description: Description, path: Path) -> Callable[[Tensor], Tensor]:
     import torch
 
-    torch.export.save(_traced(network, description), path)  # type: ignore[arg-type]
+    torch.export.save(_exported_program(network, description), path)
     return torch.export.load(path).module()
 
 
@@ -148,12 +151,13 @@ def write_safetensors(network: nn.Module, description: Description, path: Path) 
     from mnist_cnn.inference.classifier import load_classifier
 
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
-    save_file(weights, path, metadata={"mnist_cnn": described_in_json(description)})
+    save_file(weights, path, metadata={"mnist_cnn": description_json(description)})
     exported = load_classifier(path, "cpu")
     return lambda digits: exported.logits(digits).softmax(1)
 
 
-def described_in_json(description: Description) -> str:
+def description_json(description: Description) -> str:
+    """What the file says of its network, so that `load_classifier` can read it."""
     from mnist_cnn.models.checkpoint import FORMAT
 
     return json.dumps({**description.model_dump(), "format": FORMAT})

@@ -13,15 +13,15 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Predict
-from mnist_cnn.runs.hydra_app import plain, run_command
-from mnist_cnn.runs.jobs import guarded
+from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from mnist_cnn.inference.classifier import Classifier
-    from mnist_cnn.inference.image_files import Source
+    from mnist_cnn.inference.image_files import PictureSource
+    from mnist_cnn.inference.predictions import Prediction
 
 log = logging.getLogger(__name__)
 BATCH = 500  # pictures in memory at once
@@ -37,8 +37,8 @@ def main() -> None:
     run_command(job, "predict")
 
 
-class Read(NamedTuple):
-    """A picture as it was read: its digit, or why there is none, and what the grid shows of it."""
+class DigitRead(NamedTuple):
+    """A picture as uint8 (28, 28), or why there is none, and what the grid shows of it, uint8 (112, 112, 3)."""
 
     name: str
     digit: NDArray[np.uint8] | None
@@ -47,94 +47,106 @@ class Read(NamedTuple):
 
 
 def predict(config: Predict) -> None:
-    """Print or write the label and the probabilities of each picture; exit status 1 where one could not be read."""
-    from mnist_cnn.inference.image_files import sources
+    """Print or write the label and the probabilities of each picture.
 
-    words = [word for word in config.images if not word.startswith("-")]
-    if missing := [word for word in words if "*" not in word and word[0] != "@" and not Path(word).exists()]:
-        next(sources(missing))  # says what is wrong before anything is loaded
+    Raises:
+        UserError: a checkpoint or a path in `images` cannot be read.
+        SystemExit: with status 1, a picture could not be read; the others were classified.
+    """
+    refuse_missing(config.images)
 
     import torch
     from tqdm import tqdm
 
     from mnist_cnn.inference.classifier import load_classifier
     from mnist_cnn.inference.digit_image import form_for
-    from mnist_cnn.inference.predictions import writer_for
+    from mnist_cnn.inference.image_files import find_pictures
+    from mnist_cnn.inference.predictions import prediction_writer
 
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
-    classifier = load_classifier(config.checkpoint, config.accelerator.name, config.views)
+    classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta)
     form = form_for(classifier.description.data.name, config.mode)
-    pictures = sources(config.images, as_bytes=config.input == "bytes")
-    failed, shown = 0, list[tuple[Read, Any]]()
+    pictures = find_pictures(config.images, as_bytes=config.input == "bytes")
+    failed = 0
+    drawn: list[tuple[DigitRead, Prediction]] = []
     bar = tqdm(unit=" pictures", disable=None, leave=False)  # on a terminal only
-    with bar, writer_for(config.output) as writer:
+    with bar, prediction_writer(config.output) as writer:
         while batch := list(islice(pictures, BATCH)):
-            reads = [
-                read(source, form, bool(config.grid) and len(shown) + index < GRID)
-                for index, source in enumerate(batch)
-            ]
-            rows = classify(reads, classifier, config.top_k)
+            drawing = GRID - len(drawn) if config.grid else 0
+            digits = [read_digit(source, form, index < drawing) for index, source in enumerate(batch)]
+            rows = classify_batch(digits, classifier, config.top_k)
             writer.write(rows)
-            failed += report(reads)
-            shown += [(one, row) for one, row in zip(reads, rows, strict=True) if one.thumbnail is not None]
+            failed += report_errors(digits)
+            drawn += [(one, row) for one, row in zip(digits, rows, strict=True) if one.thumbnail is not None]
             bar.update(len(batch))
     if config.grid:
-        draw(shown, Path(config.grid))
+        draw_grid(drawn, Path(config.grid))
     if failed and not config.skip_errors:
         raise SystemExit(1)
 
 
-def read(source: Source, form: Callable[[Any], NDArray[np.uint8]], draws: bool) -> Read:
-    """A picture in MNIST's form, or its error."""
+def refuse_missing(images: list[str]) -> None:
+    """Say that a path does not exist before torch and the network are loaded."""
+    from mnist_cnn.inference.image_files import find_pictures
+
+    paths = [word for word in images if word[0] not in "-@" and "*" not in word]
+    if missing := [path for path in paths if not Path(path).exists()]:
+        next(find_pictures(missing), None)
+
+
+def read_digit(source: PictureSource, form: Callable[[Any], NDArray[np.uint8]], drawing: bool) -> DigitRead:
+    """Read a picture and bring it to what the network sees by `form`, or keep the error."""
     try:
         picture = source.read()
-        digit = form(picture)
-        return Read(source.name, digit, "", thumbnail_of(picture) if draws else None)
+        return DigitRead(source.name, form(picture), "", thumbnail(picture) if drawing else None)
     except UserError as error:
-        return Read(source.name, None, str(error))
+        return DigitRead(source.name, None, str(error))
 
 
-def classify(reads: list[Read], classifier: Classifier, top_k: int) -> list[dict[str, Any]]:
+def classify_batch(digits: list[DigitRead], classifier: Classifier, top_k: int) -> list[Prediction]:
+    """A row for each picture, in their order; pictures that could not be read have their error in it."""
     import numpy as np
     import torch
 
-    from mnist_cnn.inference.predictions import row_of
+    from mnist_cnn.inference.predictions import prediction
 
-    digits = [one.digit for one in reads if one.digit is not None]
-    stacked = np.stack(digits)[:, None] if digits else np.zeros((0, 1, 28, 28), np.uint8)
+    images = [one.digit for one in digits if one.digit is not None]
+    stacked = np.stack(images)[:, None] if images else np.zeros((0, 1, 28, 28), np.uint8)
     probabilities = iter(torch.softmax(classifier.logits(torch.from_numpy(stacked)), dim=1).numpy())
     return [
-        row_of(one.name, None if one.digit is None else next(probabilities), classifier.classes, top_k, one.error)
-        for one in reads
+        prediction(one.name, None if one.digit is None else next(probabilities), classifier.classes, top_k, one.error)
+        for one in digits
     ]
 
 
-def report(reads: list[Read]) -> int:
-    """A line on stderr for each picture that could not be read; their number."""
-    bad = [one for one in reads if one.digit is None]
-    for one in bad:
+def report_errors(digits: list[DigitRead]) -> int:
+    """A line on stderr for each picture that could not be read; returns how many."""
+    failed = [one for one in digits if one.digit is None]
+    for one in failed:
         log.error("error: %s %s", one.name, one.error)
-    return len(bad)
+    return len(failed)
 
 
-def thumbnail_of(picture: Any) -> NDArray[np.uint8]:
-    """A picture of any kind to uint8 (112, 112, 3), as it is seen, on grey where it is not square."""
+def thumbnail(picture: Any) -> NDArray[np.uint8]:
+    """A picture of any kind as it is seen, uint8 (112, 112, 3), on grey where it is not square."""
     import numpy as np
     from PIL import Image, ImageOps
 
-    from mnist_cnn.inference.digit_image import channels_of
+    from mnist_cnn.inference.digit_image import visible_pixels
 
-    colours = np.asarray(channels_of(picture)).clip(0, 255).astype(np.uint8)
+    colours = np.asarray(visible_pixels(picture)).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours)
     return np.asarray(ImageOps.pad(image, (112, 112), color=(200, 200, 200)))
 
 
-def draw(shown: list[tuple[Read, dict[str, Any]]], path: Path) -> None:
+def draw_grid(drawn: list[tuple[DigitRead, Prediction]], path: Path) -> None:
+    """Draw the first pictures, each beside the digit that the network saw, under its label and probability."""
     from mnist_cnn.inference import plots
 
-    pictures = [(one.thumbnail, one.digit, f"{row['label']}  {row['probability']:.1%}") for one, row in shown]
-    plots.predictions(pictures, path)
+    plots.prediction_grid(
+        [(one.thumbnail, one.digit, f"{row['label']}  {row['probability']:.1%}") for one, row in drawn], path
+    )
     log.info("%s", path)
 
 

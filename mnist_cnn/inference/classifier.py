@@ -15,33 +15,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnist_cnn.config.schema import UserError
+from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH
 from mnist_cnn.inference.digit_image import form_for
 from mnist_cnn.inference.image_files import read_picture
-from mnist_cnn.models.checkpoint import Description, described, find_checkpoint, find_device, network_of, rebuild
-from mnist_cnn.models.convnet import CPU_BATCH, ConvNet
+from mnist_cnn.models.checkpoint import Description, find_checkpoint, network_of, read_description, rebuild
+from mnist_cnn.models.convnet import ConvNet, find_device
 
 Picture = str | Path | Image.Image | NDArray[np.generic] | Tensor
 Pictures = Picture | Sequence[Picture]
-ACCELERATOR_BATCH = 2000  # digits at once
 MAXIMUM_FILE = 2**30  # bytes of an .onnx or .safetensors file
 
 
 class Member(NamedTuple):
-    """Digits uint8 (N, 1, 28, 28) on its device to calibrated logits (N, classes); `network` where it is a ConvNet."""
+    """One network of a classifier: digits uint8 (N, 1, 28, 28) on its device to calibrated logits (N, classes)."""
 
     logits: Callable[[Tensor], Tensor]
     description: Description
-    network: ConvNet | None
+    network: ConvNet | None  # None of an .onnx file
 
 
 class Classifier:
     """Trained networks, ready to classify; made by `load_classifier`."""
 
-    def __init__(self, members: Sequence[Member], device: torch.device, views: int = 1) -> None:
-        self.members, self.device, self.views = list(members), device, views
+    def __init__(self, members: Sequence[Member], device: torch.device, tta: int = 1) -> None:
+        self.members, self.device, self.tta = list(members), device, tta
 
     @property
     def description(self) -> Description:
+        """What the first checkpoint says of itself: its architecture, classes, data and history."""
         return self.members[0].description
 
     @property
@@ -50,28 +51,27 @@ class Classifier:
 
     @property
     def network(self) -> ConvNet:
-        """The first network, for those who want its weights."""
+        """The first network, for those who want its weights; an .onnx file has none."""
         assert self.members[0].network is not None
         return self.members[0].network
 
-    @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
         """Images uint8 (N, 1, 28, 28) in MNIST's form to logits float32 (N, classes) on the CPU, after the temperature.
 
-        Of several networks or views they are the logarithms of the mean of the probabilities.
+        Of several networks, or with test-time augmentation, they are the logarithms of the mean of the probabilities.
         """
-        return together(self.each(images))
+        return mean_logits(self.member_logits(images))
 
     @torch.inference_mode()
-    def each(self, images: Tensor) -> Tensor:
-        """The logits of each network for each view, float32 (networks · views, N, classes); else as `logits`."""
+    def member_logits(self, images: Tensor) -> Tensor:
+        """The logits of each network for each shift, float32 (networks · tta, N, classes); otherwise as `logits`."""
         size = CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH
-        parts = [self._batch(part.to(self.device)).float().cpu() for part in images.split(size)]
-        return torch.cat(parts, 1) if len(images) else torch.empty(1, 0, len(self.classes))
+        batches = [self._batch(batch.to(self.device)).float().cpu() for batch in images.split(size)]
+        return torch.cat(batches, 1) if len(images) else torch.empty(1, 0, len(self.classes))
 
     def _batch(self, images: Tensor) -> Tensor:
-        views = shifted(images, self.views)
-        return torch.stack([member.logits(view) for member in self.members for view in views])
+        copies = shifted(images, self.tta)
+        return torch.stack([member.logits(copy) for member in self.members for copy in copies])
 
     def probabilities(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> NDArray[np.float32]:
         """Pictures to probabilities float32 (N, classes), one row each, each row summing to 1.
@@ -86,32 +86,39 @@ class Classifier:
         Raises:
             UserError: a picture cannot be read, is blank or is noise; the message names it.
         """
-        digits = torch.from_numpy(digits_of(pictures, form_for(self.description.data.name, mode)))
-        return torch.softmax(self.logits(digits), dim=1).numpy()
+        images = torch.from_numpy(digit_images(pictures, form_for(self.description.data.name, mode)))
+        return torch.softmax(self.logits(images), dim=1).numpy()
 
     def predict(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> list[str]:
         """The most probable class of each picture, by name; arguments and errors as for `probabilities`."""
         return [self.classes[index] for index in self.probabilities(pictures, mode).argmax(1)]
 
 
-def together(logits: Tensor) -> Tensor:
+def mean_logits(logits: Tensor) -> Tensor:
     """Logits (M, N, classes) to the logarithms of the mean of the M probabilities; of one, the logits as they are."""
     return logits[0] if len(logits) == 1 else torch.softmax(logits, 2).mean(0).log()
 
 
-def shifted(images: Tensor, views: int) -> list[Tensor]:
-    """Images (N, 1, H, W), and for 5 views those one pixel up, left, right and down, for 9 the diagonal ones too."""
-    if views == 1:
+def shifted(images: Tensor, tta: int) -> list[Tensor]:
+    """The copies that test-time augmentation averages over, each (N, 1, H, W) as the images.
+
+    1: the images alone; 5: also one pixel up, left, right and down; 9: the diagonal shifts too. Zeros come in.
+    """
+    if tta == 1:
         return [images]
     height, width = images.shape[-2:]
-    wide = F.pad(images, (1, 1, 1, 1))
+    padded = F.pad(images, (1, 1, 1, 1))
     steps = sorted(((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)), key=lambda step: abs(step[0]) + abs(step[1]))
-    places = [(1 + y, 1 + x) for y, x in steps[:views]]
-    return [wide[..., top : top + height, left : left + width].contiguous() for top, left in places]
+    corners = [(1 + y, 1 + x) for y, x in steps[:tta]]
+    return [padded[..., top : top + height, left : left + width].contiguous() for top, left in corners]
 
 
-def digits_of(pictures: Pictures, form: Callable[[Any], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Pictures, as `Classifier.probabilities` takes them, to uint8 (N, 1, 28, 28) in MNIST's form."""
+def digit_images(pictures: Pictures, form: Callable[[Any], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Pictures, as `Classifier.probabilities` takes them, to uint8 (N, 1, 28, 28), each brought there by `form`.
+
+    Raises:
+        UserError: an array has another number of dimensions, or a picture cannot be read; the message names it.
+    """
     if isinstance(pictures, Tensor):
         pictures = pictures.detach().cpu().numpy()
     if isinstance(pictures, np.ndarray):
@@ -125,37 +132,38 @@ def digits_of(pictures: Pictures, form: Callable[[Any], NDArray[np.uint8]]) -> N
         each = [pictures]
     else:
         each = pictures
-    digits = np.zeros((len(each), 1, 28, 28), np.uint8)
+    images = np.zeros((len(each), 1, 28, 28), np.uint8)
     for index, picture in enumerate(each):
         try:
-            digits[index, 0] = form(_pixels_of(picture))
+            images[index, 0] = form(_opened(picture))
         except UserError as error:
-            where = str(picture) if isinstance(picture, str | Path) else f"picture {index}"
-            raise UserError(f"{where}: {error}") from None
-    return digits
+            name = str(picture) if isinstance(picture, str | Path) else f"picture {index}"
+            raise UserError(f"{name}: {error}") from None
+    return images
 
 
-def _pixels_of(picture: Picture) -> Image.Image | NDArray[Any]:
+def _opened(picture: Picture) -> Image.Image | NDArray[Any]:
     if isinstance(picture, str | Path):
-        picture = read_picture(Path(picture))
-    elif isinstance(picture, Tensor):
+        return read_picture(Path(picture))
+    if isinstance(picture, Tensor):
         picture = picture.detach().cpu().numpy()
-    if isinstance(picture, Image.Image):
-        return picture
-    if not isinstance(picture, np.ndarray):
+    if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[0] == 1:
+        picture = picture[0]
+    if not isinstance(picture, Image.Image | np.ndarray):
         raise UserError(f"{type(picture).__name__} is no picture: give a path, a PIL image or an array")
-    return picture[0] if picture.ndim == 3 and picture.shape[0] == 1 else picture
+    return picture
 
 
 def load_classifier(
-    path: str | Path | Sequence[str | Path], device: str = "auto", views: Literal[1, 5, 9] = 1
+    path: str | Path | Sequence[str | Path], device: str = "auto", tta: Literal[1, 5, 9] = 1
 ) -> Classifier:
     """A checkpoint to a `Classifier` on `device` (auto, cpu, cuda).
 
     Args:
         path: a .ckpt file, a run's folder (its best), an exported .onnx or .safetensors file; or a list of them,
             whose probabilities are averaged.
-        views: 5: probabilities are averaged over a digit and its shifts by one pixel; 9: the diagonal ones too.
+        tta: test-time augmentation. 5: probabilities are averaged over a digit and its shifts by one pixel; 9: the
+            diagonal ones too.
 
     Raises:
         UserError: a checkpoint cannot be read, they have different classes, or there is no such device.
@@ -163,44 +171,44 @@ def load_classifier(
     paths = [path] if isinstance(path, str | Path) else list(path)
     if not paths:
         raise UserError("checkpoint=[] names no checkpoint")
-    where = find_device(device)
-    members = [_member(each, where) for each in paths]
+    torch_device = find_device(device)
+    members = [_load_member(each, torch_device) for each in paths]
     for each, member in zip(paths, members, strict=True):
         if member.description.classes != members[0].description.classes:
             raise UserError(f"{each} has other classes than {paths[0]}: they cannot predict together")
-    return Classifier(members, where, views)
+    return Classifier(members, torch_device, tta)
 
 
-def _member(path: str | Path, device: torch.device) -> Member:
+def _load_member(path: str | Path, device: torch.device) -> Member:
     path = find_checkpoint(path)
-    readers = {".onnx": _onnx, ".safetensors": _safetensors}
+    readers = {".onnx": _load_onnx, ".safetensors": _load_safetensors}
     if path.suffix in readers:
         if path.stat().st_size > MAXIMUM_FILE:
             raise UserError(f"{path} is larger than {MAXIMUM_FILE:,} bytes and was not loaded")
         return readers[path.suffix](path, device)
-    return _of_network(*rebuild(path), device)
+    return _network_member(*rebuild(path), device)
 
 
-def _of_network(network: ConvNet, description: Description, device: torch.device) -> Member:
+def _network_member(network: ConvNet, description: Description, device: torch.device) -> Member:
     network = network.to(device).eval()
     return Member(lambda images: network(images) / description.temperature, description, network)
 
 
-def _safetensors(path: Path, device: torch.device) -> Member:
+def _load_safetensors(path: Path, device: torch.device) -> Member:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise UserError(f"{path} needs a package that is not installed: pip install 'mnist-cnn[export]'") from None
     try:
         with safe_open(path, "pt") as file:
-            description = described(path, _json_of(path, (file.metadata() or {}).get("mnist_cnn")))
+            description = _description_of(path, (file.metadata() or {}).get("mnist_cnn"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error!s:.200})") from None
-    return _of_network(network_of(path, description, weights), description, device)
+    return _network_member(network_of(path, description, weights), description, device)
 
 
-def _onnx(path: Path, device: torch.device) -> Member:
+def _load_onnx(path: Path, device: torch.device) -> Member:
     try:
         import onnxruntime
     except ImportError:
@@ -212,22 +220,23 @@ def _onnx(path: Path, device: torch.device) -> Member:
         # From bytes, so that the file cannot name other files as its weights.
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         content = session.get_modelmeta().custom_metadata_map.get("mnist_cnn")
-        (given,), (made,) = session.get_inputs(), session.get_outputs()
+        (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()
     except Exception as error:  # onnxruntime has no common error
         raise UserError(f"{path} is not an ONNX file of mnist-export ({' '.join(str(error).split())[:200]})") from None
-    description = described(path, _json_of(path, content))
 
     def logits(images: Tensor) -> Tensor:
-        (probabilities,) = session.run([made.name], {given.name: images.cpu().numpy()})
+        (probabilities,) = session.run([outputs.name], {inputs.name: images.cpu().numpy()})
         return torch.from_numpy(probabilities).log()
 
-    return Member(logits, description, None)
+    return Member(logits, _description_of(path, content), None)
 
 
-def _json_of(path: Path, text: str | None) -> object:
+def _description_of(path: Path, text: str | None) -> Description:
+    """The description that mnist-export wrote into a file, as JSON."""
     if text is None:
         raise UserError(f"{path} comes from another program: it has no description of an mnist_cnn network")
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError):
         raise UserError(f"{path} has a damaged description") from None
+    return read_description(path, content)

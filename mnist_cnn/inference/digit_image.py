@@ -1,7 +1,7 @@
 """Any picture of one digit in MNIST's own form, as its authors describe it (yann.lecun.com/exdb/mnist, 1998):
 
 the digit scaled into 20×20 with its aspect ratio kept and its edges anti-aliased, its centre of mass moved to the
-centre of 28×28, the ink bright. The one implementation of the commands and of the Python interface.
+centre of 28×28, the ink bright. The commands and the Python interface share this one implementation.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from mnist_cnn.config.schema import UserError
 from mnist_cnn.inference.ink import find_ink
 
 Pixels = NDArray[Any]
-DIGIT_SIZE = 20  # the longer side of the digit
+DIGIT_SIZE = 20  # the digit's longer side, in pixels of 28×28
 CENTRE = 14  # the pixel in which MNIST's centres of mass lie
-STROKE = 1.5  # the thinnest stroke that is left as it is, in pixels of the form: MNIST's own is 2 to 4
+MINIMUM_STROKE = 1.5  # thinner strokes are made bolder, in pixels of 28×28: MNIST's own are 2 to 4 wide
+BOLD_STROKE = 2.0  # how wide they become
 MAXIMUM_PIXELS = 65_000_000  # a camera of 64 megapixels
-SAMPLE = 500_000  # pixels, of which a large picture's colours are told
+SAMPLE = 500_000  # pixels of a large picture from which its colours are judged
 
 
 def mnist_form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
@@ -34,22 +35,25 @@ def mnist_form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
             is in MNIST's form already comes through unchanged.
 
     Raises:
-        UserError: there is no digit to be found, as on a blank page or in noise, or this is no picture.
+        UserError: no digit is found, as on a blank page or in noise, or this is no picture.
     """
-    pixels = _pixels_of(picture)
+    pixels = _pixel_array(picture)
     if pixels.dtype == np.uint8 and pixels.shape == (IMAGE_SIZE, IMAGE_SIZE):
         for form in (pixels, 255 - pixels):
             if in_mnist_form(form):
                 return form
-    ink = find_ink(_channels(pixels))
+    ink = find_ink(_flatten_channels(pixels))
     form = np.rint(255 * ink).astype(np.uint8)
-    return form if in_mnist_form(form) else _placed(ink)
+    return form if in_mnist_form(form) else _scale_and_centre(ink)
 
 
 def form_for(data: str, mode: str) -> Callable[[Image.Image | Pixels], NDArray[np.uint8]]:
-    """How a picture becomes what a network sees: `data` is what it was trained on, `mode` any or exact.
+    """The function that turns a picture into uint8 (28, 28) for a network.
 
-    What is 28×28 already is taken as it is by a network of other data than MNIST, whose form it does not have.
+    Args:
+        data: what the network was trained on. Only MNIST has MNIST's form: a network of other data takes any picture
+            of 28×28 as it is.
+        mode: any for pictures of all kinds, exact for `exact_form`.
     """
     if mode == "exact":
         return exact_form
@@ -57,8 +61,9 @@ def form_for(data: str, mode: str) -> Callable[[Image.Image | Pixels], NDArray[n
         return mnist_form
 
     def form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
-        pixels = _pixels_of(picture)
-        return pixels if pixels.shape == (28, 28) and pixels.dtype == np.uint8 else mnist_form(pixels)
+        pixels = _pixel_array(picture)
+        exact = pixels.shape == (IMAGE_SIZE, IMAGE_SIZE) and pixels.dtype == np.uint8
+        return pixels if exact else mnist_form(pixels)
 
     return form
 
@@ -78,15 +83,15 @@ def exact_form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
     return np.ascontiguousarray(picture)
 
 
-def channels_of(picture: Image.Image | Pixels) -> Pixels:
+def visible_pixels(picture: Image.Image | Pixels) -> Pixels:
     """A picture of any kind, upright, to numbers in 0–255 (H, W, 1 or 3); errors as of `mnist_form`."""
-    return _channels(_pixels_of(picture))
+    return _flatten_channels(_pixel_array(picture))
 
 
 def in_mnist_form(digit: NDArray[np.uint8]) -> bool:
-    """Whether a uint8 (28, 28) is bright on 0, its longer side 20, its centre of mass in the middle.
+    """Whether uint8 (28, 28) is bright on 0, with a longer side of 20 pixels and its centre of mass in the middle.
 
-    All 70,000 digits of MNIST are so, but for a few whose longer side is 19.
+    All 70,000 digits of MNIST are; 19 pixels are allowed too, as a few of them have.
     """
     if digit.shape != (IMAGE_SIZE, IMAGE_SIZE):
         return False
@@ -103,30 +108,31 @@ def _centre_of_mass(ink: Pixels) -> tuple[float, float]:
     return float(rows @ np.arange(len(rows)) / total), float(columns @ np.arange(len(columns)) / total)
 
 
-def _pixels_of(picture: Image.Image | Pixels) -> Pixels:
-    return _array_of(picture) if isinstance(picture, Image.Image) else _checked(np.asarray(picture))
+def _pixel_array(picture: Image.Image | Pixels) -> Pixels:
+    return _decode(picture) if isinstance(picture, Image.Image) else _check_array(np.asarray(picture))
 
 
-def _array_of(picture: Image.Image) -> Pixels:
-    """A PIL image, turned as its camera says, to (H, W), or (H, W, 3) of colours."""
+def _decode(picture: Image.Image) -> Pixels:
+    """A PIL image, turned as its camera says, to (H, W), or (H, W, 3 or 4) of colours."""
     if picture.width * picture.height > MAXIMUM_PIXELS:
         raise UserError(f"{picture.width}×{picture.height} pixels; at most {MAXIMUM_PIXELS:,} are read")
     try:
         picture = ImageOps.exif_transpose(picture) if picture.getexif() else picture
         if picture.has_transparency_data:
-            return _checked(np.asarray(picture.convert("RGBA")))
+            return _check_array(np.asarray(picture.convert("RGBA")))
         if picture.mode in ("L", "RGB", "F", "I") or picture.mode.startswith("I;16"):
-            return _checked(np.asarray(picture))
-        return _checked(np.asarray(picture.convert("L" if picture.mode in ("1", "LA", "La") else "RGB")))
+            return _check_array(np.asarray(picture))
+        return _check_array(np.asarray(picture.convert("L" if picture.mode in ("1", "LA", "La") else "RGB")))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"not a whole picture ({_first_line(error)})") from None
+        raise UserError(f"not a whole picture ({first_line(error)})") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its class's name where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _checked(pixels: Pixels) -> Pixels:
+def _check_array(pixels: Pixels) -> Pixels:
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
@@ -140,8 +146,8 @@ def _checked(pixels: Pixels) -> Pixels:
     return pixels
 
 
-def _channels(pixels: Pixels) -> Pixels:
-    """Pixels of any type to numbers in 0–255, (H, W, channels); transparency is laid on paper or is itself the ink."""
+def _flatten_channels(pixels: Pixels) -> Pixels:
+    """Pixels of any type to numbers in 0–255, (H, W, 1 or 3); transparent parts become paper, or alpha is the ink."""
     if pixels.dtype != np.uint8:
         pixels = pixels.astype(np.float32)
         top = float(pixels.max())
@@ -152,34 +158,34 @@ def _channels(pixels: Pixels) -> Pixels:
         grey = pixels.dtype == np.uint8 and (pixels == pixels[..., :1]).all()
         return pixels[..., :1] if grey else pixels
     colours, alpha = pixels[..., :3], pixels[..., 3:].astype(np.float32)
-    seen = alpha[..., 0] > 127
-    if not seen.any():
+    opaque = alpha[..., 0] > 127
+    if not opaque.any():
         return alpha
-    shown = colours[seen][:: 1 + seen.size // SAMPLE]
-    low, high = np.percentile(shown, (2, 98), axis=0)
-    if (high - low).max() < 64 and not seen.all():
+    sample = colours[opaque][:: 1 + opaque.size // SAMPLE]
+    low, high = np.percentile(sample, (2, 98), axis=0)
+    if (high - low).max() < 64 and not opaque.all():
         return alpha  # ink of one colour on nothing
-    paper = np.median(shown, axis=0).astype(np.float32)
+    paper = np.median(sample, axis=0).astype(np.float32)
     return paper + (colours - paper) * alpha / 255
 
 
-def _placed(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Ink 0–1 of any size to MNIST's form."""
+def _scale_and_centre(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Ink 0–1 (h, w) of any size to MNIST's form."""
     top, bottom = _edges(ink.max(1))
     left, right = _edges(ink.max(0))
     height, width = bottom - top, right - left
     scale = DIGIT_SIZE / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    ink = _bolder(ink, scale)
-    filter_ = Image.Resampling.BOX if scale < 0.25 else Image.Resampling.BICUBIC
+    ink = _thicken(ink, scale)
+    resampling = Image.Resampling.BOX if scale < 0.25 else Image.Resampling.BICUBIC
     # A margin, so that the filter finds paper beyond the digit's edge.
     padded = Image.fromarray(np.pad(ink, 2))
     box = (left + 2, top + 2, right + 2, bottom + 2)
-    digit = np.asarray(padded.resize(size, filter_, box=box)).clip(0, 1)
+    digit = np.asarray(padded.resize(size, resampling, box=box)).clip(0, 1)
     digit = digit / max(float(np.max(digit)), 1e-6)
     y, x = _centre_of_mass(digit)
     form = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-    # As MNIST, whole pixels only, so that the digit stays as sharp as it is.
+    # Moved by whole pixels only, as MNIST's authors did, so that the digit stays as sharp as it is.
     row = min(max(round(CENTRE - y), 0), IMAGE_SIZE - digit.shape[0])
     column = min(max(round(CENTRE - x), 0), IMAGE_SIZE - digit.shape[1])
     form[row : row + digit.shape[0], column : column + digit.shape[1]] = np.rint(255 * digit)
@@ -187,7 +193,7 @@ def _placed(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _edges(profile: NDArray[np.float32]) -> tuple[float, float]:
-    """Where a profile of ink first and last crosses one half, between pixels."""
+    """Where a profile of ink first and last crosses half of its height, in fractions of a pixel."""
     level = 0.5 * float(profile.max())
     padded = np.concatenate(([0.0], profile, [0.0]))
     inside = np.flatnonzero(padded >= level)
@@ -197,17 +203,17 @@ def _edges(profile: NDArray[np.float32]) -> tuple[float, float]:
     return float(before) - 0.5, float(after) - 0.5
 
 
-def _bolder(ink: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
-    """Thin strokes made as wide as MNIST's pen: scaled down they would fade."""
+def _thicken(ink: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+    """Ink with thin strokes made about as wide as MNIST's pen; scaled down by `scale` they would fade."""
     from scipy.ndimage import grey_dilation
 
     mask = ink > 0.5
     edges = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
     # A stroke's area is its length times its width; its outline, in steps of pixels, about 2.5 lengths.
     stroke = 2.5 * np.count_nonzero(mask) / (edges + 1)
-    missing = (STROKE / scale - stroke) / 2
+    missing = (MINIMUM_STROKE / scale - stroke) / 2
     if scale > 0.5 or missing < 0.5:
         return ink
-    reach = round(missing + (2.0 - STROKE) / scale / 2)
+    reach = round(missing + (BOLD_STROKE - MINIMUM_STROKE) / scale / 2)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     return grey_dilation(np.pad(ink, reach), footprint=x * x + y * y <= reach * reach + 0.5)[reach:-reach, reach:-reach]

@@ -20,98 +20,99 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.inference.digit_image import MAXIMUM_PIXELS
+from mnist_cnn.inference.digit_image import MAXIMUM_PIXELS, first_line
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 FORMATS = ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"]
-ARRAYS = {".npy", ".npz"}
+ARRAY_ENDINGS = {".npy", ".npz"}
 # Larger pictures are averaged down, so that none takes gigabytes; a page of A4 at 300 dpi has 8.7 million.
-MOST_PIXELS, MOST_TRANSPARENT = 12_000_000, 4_000_000
-MAXIMUM_ARRAY = 2**29  # bytes of an array in a .npz, which is unpacked whole
+REDUCED_ABOVE, REDUCED_ABOVE_IF_TRANSPARENT = 12_000_000, 4_000_000  # pixels
+MAXIMUM_ARRAY = 2**29  # bytes of an array in a .npz, which is read whole
 
 
-class Source(NamedTuple):
-    """`read` gives the picture or raises UserError."""
+class PictureSource(NamedTuple):
+    """A picture that has been found and not yet read; `read` returns it or raises UserError."""
 
     name: str
     read: Callable[[], Image.Image | NDArray[Any]]
 
 
-def sources(words: Iterable[str], as_bytes: bool = False) -> Iterator[Source]:
-    """What `images=` names, in its order: a picture's own errors come from its `read`.
+def find_pictures(words: Iterable[str], as_bytes: bool = False) -> Iterator[PictureSource]:
+    """The pictures that `images=` names, in that order; a picture that cannot be read raises in its `read` only.
 
     Args:
         words: paths, folders (every picture below, in order of name), globs, `@list.txt`, or `-` for standard input.
-        as_bytes: `-` is one picture's bytes, not a list of paths.
+        as_bytes: `-` is the bytes of one picture, and not a list of paths.
 
     Raises:
         UserError: a path does not exist, or holds no picture.
     """
     for word in words:
         if word == "-":
-            yield from _standard_input(as_bytes)
+            yield from _from_standard_input(as_bytes)
         elif word.startswith("@") and not Path(word).exists():
             try:
                 text = Path(word[1:]).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{word[1:]} cannot be read as a list of paths ({error})") from None
-            yield from _listed(text.splitlines())
+            yield from _in_list(text.splitlines())
         elif Path(word).is_dir():
-            yield from _folder(word)
+            yield from _in_folder(word)
         elif Path(word).exists():
-            yield from _file(word)
+            yield from _in_file(word)
         elif glob.has_magic(word):
             found = sorted(path for path in glob.iglob(word, recursive=True) if Path(path).is_file())  # noqa: PTH207 — also absolute ones
             if not found:
                 raise UserError(f"{word} matches no file")
             for path in found:
-                yield from _file(path)
+                yield from _in_file(path)
         else:
             raise UserError(f"{word} does not exist: give a picture, a folder of pictures, a glob or @list.txt")
 
 
-def _standard_input(as_bytes: bool) -> Iterator[Source]:
+def _from_standard_input(as_bytes: bool) -> Iterator[PictureSource]:
     if as_bytes:
         content = sys.stdin.buffer.read()
-        yield Source("-", partial(read_picture, io.BytesIO(content)))
+        yield PictureSource("-", partial(read_picture, io.BytesIO(content)))
     else:
-        yield from _listed(line.rstrip("\r\n") for line in sys.stdin)
+        yield from _in_list(line.rstrip("\r\n") for line in sys.stdin)
 
 
-def _listed(lines: Iterable[str]) -> Iterator[Source]:
-    """A wrong line is its own row's error: the rest goes on."""
-    for line in lines:
-        if not line.strip():
-            continue
-        if Path(line).suffix in ARRAYS or not Path(line).is_dir():
-            yield from _file(line) if Path(line).exists() else [Source(line, partial(read_picture, Path(line)))]
+def _in_list(lines: Iterable[str]) -> Iterator[PictureSource]:
+    """The pictures of a list of paths; a line that names none is an error of that picture alone."""
+    for line in filter(str.strip, lines):
+        if Path(line).is_dir():
+            yield from _in_folder(line)
+        elif Path(line).exists():
+            yield from _in_file(line)
         else:
-            yield from _folder(line)
+            yield PictureSource(line, partial(read_picture, line))
 
 
-def _folder(folder: str) -> Iterator[Source]:
+def _in_folder(folder: str) -> Iterator[PictureSource]:
     found = sorted(
-        os.path.join(place, name)  # noqa: PTH118 — a Path each would take longer than the picture
-        for place, _, names in os.walk(folder)
+        os.path.join(parent, name)  # noqa: PTH118 — making a Path takes longer than reading a small picture
+        for parent, _, names in os.walk(folder)
         for name in names
-        if os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122
+        if os.path.splitext(name)[1].lower() in ENDINGS  # noqa: PTH122
     )
     if not found:
         raise UserError(f"{folder} holds no picture: expected files such as *.png")
     for path in found:
-        yield Source(path, partial(read_picture, path))
+        yield PictureSource(path, partial(read_picture, path))
 
 
-def _file(path: str) -> Iterator[Source]:
+def _in_file(path: str) -> Iterator[PictureSource]:
     suffix = Path(path).suffix.lower()
-    if suffix in ARRAYS or "idx3-ubyte" in Path(path).name:
-        for name, array in _arrays(Path(path)):
-            yield from _each(name, array)
+    if suffix in ARRAY_ENDINGS or "idx3-ubyte" in Path(path).name:
+        for name, array in _read_arrays(Path(path)):
+            yield from _in_array(name, array)
     else:
-        yield Source(path, partial(read_picture, path))
+        yield PictureSource(path, partial(read_picture, path))
 
 
-def _arrays(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+def _read_arrays(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The arrays of a .npy, .npz or idx file with their names; mapped where that is possible."""
     try:
         if path.suffix.lower() == ".npy":
             yield str(path), np.load(path, mmap_mode="r", allow_pickle=False)
@@ -123,13 +124,13 @@ def _arrays(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
                 for name in file.files:
                     yield f"{path}:{name}", file[name]
         else:
-            yield str(path), _idx(path)
+            yield str(path), _read_idx(path)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, SyntaxError, MemoryError) as error:
         raise UserError(f"{path} holds no array that can be read ({error!s:.200})") from None
 
 
-def _idx(path: Path) -> NDArray[np.uint8]:
-    """MNIST's own files: 0x00000803, then count, rows and columns as big-endian int32, then the pixels."""
+def _read_idx(path: Path) -> NDArray[np.uint8]:
+    """A file in MNIST's own format: 0x803, count, rows and columns as big-endian int32, then the pixels."""
     with path.open("rb") as file:
         header = np.frombuffer(file.read(16), ">i4")
     if len(header) != 4 or header[0] != 0x803 or (header[1:] < 1).any():
@@ -140,26 +141,26 @@ def _idx(path: Path) -> NDArray[np.uint8]:
     return np.memmap(path, np.uint8, "r", offset=16, shape=shape)
 
 
-def _each(name: str, array: NDArray[Any]) -> Iterator[Source]:
+def _in_array(name: str, array: NDArray[Any]) -> Iterator[PictureSource]:
     """An array (H, W) or (H, W, 3 or 4) is a picture; (N, H, W), (N, 1, H, W) and (N, H, W, 3 or 4) are N."""
     if array.ndim == 4 and array.shape[1] == 1:
         array = array[:, 0]
-    picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if not picture and array.ndim not in (3, 4):
+    is_one = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if not is_one and array.ndim not in (3, 4):
         raise UserError(f"{name} has shape {array.shape}: expected (H, W), (N, H, W) or (N, 1, 28, 28)")
-    if picture:
-        yield Source(name, partial(np.asarray, array))
+    if is_one:
+        yield PictureSource(name, partial(np.asarray, array))
     else:
-        one = np.asarray(array).__getitem__  # a plain view of a mapped file: numpy indexes it twice as fast
+        picture_at = np.asarray(array).__getitem__  # not of the memmap itself, which numpy indexes half as fast
         for index in range(len(array)):
-            yield Source(f"{name}[{index}]", partial(one, index))
+            yield PictureSource(f"{name}[{index}]", partial(picture_at, index))
 
 
 def read_picture(file: str | Path | io.BytesIO) -> Image.Image:
-    """A PNG, JPEG, BMP, GIF (its first frame), TIFF or WebP, decoded.
+    """Read and decode a PNG, JPEG, BMP, GIF (its first frame), TIFF or WebP; a large one is scaled down.
 
     Raises:
-        UserError: it is missing, is none of these, is cut short, or is too large.
+        UserError: it is missing, is none of these, is cut short, or has more than 65 million pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -167,35 +168,34 @@ def read_picture(file: str | Path | io.BytesIO) -> Image.Image:
             picture = Image.open(file, formats=FORMATS)
             if picture.width * picture.height > MAXIMUM_PIXELS:
                 raise UserError(f"{picture.width}×{picture.height} pixels; at most {MAXIMUM_PIXELS:,} are read")
-            with _libtiff_silent() if picture.format == "TIFF" else nullcontext():
+            with _without_stderr() if picture.format == "TIFF" else nullcontext():
                 picture.load()
-            most = MOST_TRANSPARENT if picture.has_transparency_data else MOST_PIXELS
-            factor = math.ceil(math.sqrt(picture.width * picture.height / most))
-            return picture if factor == 1 else _averaged(picture, factor)
+            limit = REDUCED_ABOVE_IF_TRANSPARENT if picture.has_transparency_data else REDUCED_ABOVE
+            factor = math.ceil(math.sqrt(picture.width * picture.height / limit))
+            return picture if factor == 1 else _reduce(picture, factor)
     except FileNotFoundError:
         raise UserError("does not exist") from None
     except UnidentifiedImageError:
         raise UserError(f"is not a picture that can be read (expected {', '.join(FORMATS)})") from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"is not a picture that can be read ({reason})") from None
+        raise UserError(f"is not a picture that can be read ({first_line(error)})") from None
 
 
 @contextmanager
-def _libtiff_silent() -> Iterator[None]:
-    """libtiff writes what it finds wrong straight to the process's stderr; the exception says enough."""
-    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+def _without_stderr() -> Iterator[None]:
+    """libtiff writes its complaints straight to the process's stderr; its exception says enough."""
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
-def _averaged(picture: Image.Image, factor: int) -> Image.Image:
-    """A picture at 1/factor of its size, strip by strip: Pillow converts the whole before it reduces."""
+def _reduce(picture: Image.Image, factor: int) -> Image.Image:
+    """A picture at 1/factor of its size, strip by strip: Pillow would convert the whole of it at once."""
     grey = picture.mode in ("1", "L", "I", "F") or picture.mode.startswith("I;16")
     mode = "RGBA" if picture.has_transparency_data else ("F" if picture.mode[0] in "IF" else "L") if grey else "RGB"
     small = Image.new(mode, (-(-picture.width // factor), -(-picture.height // factor)))
@@ -203,5 +203,5 @@ def _averaged(picture: Image.Image, factor: int) -> Image.Image:
         strip = picture.crop((0, top, picture.width, min(top + 64 * factor, picture.height)))
         small.paste(strip.convert(mode).reduce(factor), (0, top // factor))
     if "exif" in picture.info:
-        small.info["exif"] = picture.info["exif"]  # how the camera was held
+        small.info["exif"] = picture.info["exif"]  # which way is up
     return small

@@ -1,4 +1,4 @@
-"""Where the ink of a digit is in a picture, whatever the polarity, the colours and the light."""
+"""Finds the ink of a digit in a picture: dark on light or light on dark, in any colours, in uneven light."""
 
 from __future__ import annotations
 
@@ -11,57 +11,59 @@ from scipy import ndimage
 from mnist_cnn.config.schema import UserError
 
 Ink = NDArray[np.float32]
-WORKING_SIZE = (
-    192  # a larger picture is averaged down to it; a digit that is small in it is cut out and looked at again
-)
-CONTRAST = 10.0  # the least difference of ink and paper, of 255
-SMALLEST = 8  # pixels of a digit's longer side, the soft edges included
-DARKEST = 30  # of 255: below it a paper's light is not to be told from noise
+# A larger picture is averaged down to this side; a digit that is small in it is then cut out and looked at again.
+WORKING_SIZE = 192
+MINIMUM_CONTRAST = 10.0  # the least difference between ink and paper, of 255
+MINIMUM_SIDE = 8  # pixels of a digit's longer side, with its soft edges
+MINIMUM_LIGHT = 30  # of 255: darker paper is too noisy to be corrected for uneven light
 EVEN = 3  # levels by which even paper may differ, as after JPEG
-LEVEL = 0.35  # of full ink: what counts as a stroke
-COHERENCE = 0.3  # correlation of neighbours among strokes and paper: of noise 0, of a digit 0.5 and more
+STROKE_LEVEL = 0.35  # of full ink: above it a pixel belongs to a stroke
+MINIMUM_COHERENCE = 0.3  # correlation of neighbouring pixels: noise has 0, a digit 0.5 and more
+SMALL_PART = 0.08  # of the largest part's area: smaller parts are specks
+MAXIMUM_PARTS = 6  # a digit's strokes are never more
 BLANK = "there is no digit in it: the picture is blank"
 NOISE = "there is no digit in it: only noise or many things"
 
 
 def find_ink(pixels: NDArray[Any]) -> Ink:
-    """Pixels 0–255 (H, W, channels) to ink 0–1 (h, w), cut to the neighbourhood of the digit and perhaps smaller.
+    """Pixels 0–255 (H, W, channels) to ink 0–1, float32 (h, w): the digit and a margin around it, perhaps scaled down.
 
     Raises:
-        UserError: the picture is blank, or holds noise.
+        UserError: the picture is blank, or is noise.
     """
-    pixels = _cut_out(pixels)
+    pixels = _crop_to_digit(pixels)
     while True:
         factor = -(-max(pixels.shape[:2]) // WORKING_SIZE)
-        small = _averaged(pixels, factor)
-        ink = _ink_of(small)
+        small = _block_means(pixels, factor)
+        ink = _extract_ink(small)
         if not ink.any():
             raise UserError(BLANK)
         rows, columns = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
-        if factor == 1 and max(len(rows), len(columns)) < SMALLEST:
+        if factor == 1 and max(len(rows), len(columns)) < MINIMUM_SIDE:
             raise UserError(BLANK)
         margin = 2 + max(len(rows), len(columns)) // 6
         box = [(max(0, int(part[0]) - margin), int(part[-1]) + 1 + margin) for part in (rows, columns)]
         (top, bottom), (left, right) = box
         side = max(bottom - top, right - left)
-        # The surroundings of a digit that is small in a large picture have the better light and the finer pixels.
+        # A digit that is small in a large picture is looked at again alone: its own light, and finer pixels.
         if -(-side * factor // WORKING_SIZE) < factor:
             pixels = pixels[top * factor : bottom * factor, left * factor : right * factor]
             continue
         return ink[top:bottom, left:right]
 
 
-def _cut_out(pixels: NDArray[Any]) -> NDArray[Any]:
-    """The surroundings of the largest thing on a large, evenly coloured picture: averaging would lose a small digit."""
+def _crop_to_digit(pixels: NDArray[Any]) -> NDArray[Any]:
+    """A large, evenly coloured picture cut down to its largest thing: averaging would lose a small digit."""
     factor = -(-max(pixels.shape[:2]) // WORKING_SIZE)
     border = _border(pixels)
     paper = np.median(border, axis=0)
     if factor == 1 or (np.abs(border - paper).max(1) <= EVEN).mean() < 0.5:
         return pixels
-    away = np.maximum(pixels, paper.astype(pixels.dtype)) - np.minimum(pixels, paper.astype(pixels.dtype))
-    blocks = np.maximum.reduceat(away.max(-1), np.arange(0, away.shape[0], factor), axis=0)
-    blocks = np.maximum.reduceat(blocks, np.arange(0, away.shape[1], factor), axis=1)
-    mask = blocks > max(CONTRAST, blocks.max() / 2)
+    paper = paper.astype(pixels.dtype)
+    difference = (np.maximum(pixels, paper) - np.minimum(pixels, paper)).max(-1)  # unsigned numbers do not go below 0
+    blocks = np.maximum.reduceat(difference, np.arange(0, difference.shape[0], factor), axis=0)
+    blocks = np.maximum.reduceat(blocks, np.arange(0, difference.shape[1], factor), axis=1)
+    mask = blocks > max(MINIMUM_CONTRAST, blocks.max() / 2)
     labels, count = ndimage.label(ndimage.binary_dilation(mask, np.ones((3, 3)), iterations=2))
     if not count:
         return pixels
@@ -70,7 +72,8 @@ def _cut_out(pixels: NDArray[Any]) -> NDArray[Any]:
     return pixels[tuple(slice(max(0, (part.start - 1) * factor), (part.stop + 1) * factor) for part in box)]
 
 
-def _averaged(pixels: NDArray[Any], factor: int) -> Ink:
+def _block_means(pixels: NDArray[Any], factor: int) -> Ink:
+    """A picture scaled down: the means of blocks of factor × factor pixels."""
     if factor == 1:
         return pixels.astype(np.float32)
     height, width = (max(1, size // factor) for size in pixels.shape[:2])
@@ -80,17 +83,17 @@ def _averaged(pixels: NDArray[Any], factor: int) -> Ink:
     return (sums[:height, :width] / factor**2).astype(np.float32)
 
 
-def _ink_of(pixels: Ink) -> Ink:
+def _extract_ink(pixels: Ink) -> Ink:
     """Pixels (H, W, channels) to ink 0–1 (H, W), zero wherever there is none of the digit."""
-    paper, flat = _paper(pixels)
+    paper, flat = _paper_colour(pixels)
     difference = pixels - paper
-    if not flat:  # light multiplies: what the shaded ink lacks in contrast is given back to it
-        difference *= paper.mean() / np.maximum(paper, DARKEST)
-    ink, contrast = _along_one_colour(difference)
-    if contrast < CONTRAST:
+    if not flat:  # ink in the shade has less contrast: give it back
+        difference *= paper.mean() / np.maximum(paper, MINIMUM_LIGHT)
+    ink, contrast = _project_on_ink_colour(difference)
+    if contrast < MINIMUM_CONTRAST:
         raise UserError(BLANK)
     if not flat:
-        ink = _evened(ink)
+        ink = _remove_shadows_and_noise(ink)
     mask = _strokes(ink)
     near = ndimage.binary_dilation(mask, iterations=2) if not flat or not mask.all() else mask
     return np.where(near, ink, 0).clip(0, 1).astype(np.float32)
@@ -104,23 +107,24 @@ def _border(pixels: Ink) -> Ink:
     return np.concatenate([part.reshape(-1, channels) for part in parts])
 
 
-def _paper(pixels: Ink) -> tuple[Ink, bool]:
-    """The colour of the paper, or, under uneven light, its surface (H, W, channels); and whether it is even."""
+def _paper_colour(pixels: Ink) -> tuple[Ink, bool]:
+    """The paper's one colour (channels,), or in uneven light its colour at each pixel; and whether it is one colour."""
     border = _border(pixels)
     paper = np.median(border, axis=0)
-    away = np.abs(pixels - paper).max(-1)
+    difference = np.abs(pixels - paper).max(-1)
     if (np.abs(border - paper).max(1) <= EVEN).mean() > 0.5 or min(pixels.shape[:2]) < 8:
-        if (away > away.max() / 2).mean() > 0.7:  # a frame around the picture
+        if (difference > difference.max() / 2).mean() > 0.7:  # a frame around the picture
             paper = np.median(pixels.reshape(-1, pixels.shape[2]), axis=0)
         return paper, True
-    return _surface(pixels), False
+    return _fit_surface(pixels), False
 
 
-def _surface(pixels: Ink) -> Ink:
-    """The quadratic surface nearest to most pixels by absolute difference: ink, a minority, does not move it."""
+def _fit_surface(pixels: Ink) -> Ink:
+    """The paper's colour at each pixel: the quadratic surface with the least absolute difference, which ink does not
+    move, as it covers few pixels. Fitted by reweighted least squares."""
     height, width, channels = pixels.shape
     step = max(1, max(height, width) // 32)
-    basis = _quadratic(height, width)
+    basis = _quadratic_basis(height, width)
     sample, at = pixels[::step, ::step].reshape(-1, channels), basis[::step, ::step].reshape(-1, 6)
     weights = np.ones(len(at), np.float32)
     for _ in range(12):
@@ -130,22 +134,23 @@ def _surface(pixels: Ink) -> Ink:
     return basis @ fit
 
 
-def _quadratic(height: int, width: int) -> Ink:
+def _quadratic_basis(height: int, width: int) -> Ink:
+    """1, x, y, x², xy, y² at each pixel, (H, W, 6)."""
     y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)
     one = np.ones((height, width), np.float32)
     return np.stack([one, x * one, y * one, x * x * one, x * y, y * y * one], axis=-1)
 
 
-def _along_one_colour(difference: Ink) -> tuple[Ink, float]:
-    """Differences from the paper (H, W, channels) to their share of full ink (H, W), and full ink's size, of 255."""
+def _project_on_ink_colour(difference: Ink) -> tuple[Ink, float]:
+    """Differences from the paper (H, W, channels) to fractions of full ink (H, W), and full ink's contrast, of 255."""
     flat = difference.reshape(-1, difference.shape[2])
     size = np.abs(flat).max(1)
     count = min(len(size), 4)  # not the very strongest pixel, which may be a fault of the camera
     strongest = np.partition(size, -count)[-count]
-    if strongest < CONTRAST:
+    if strongest < MINIMUM_CONTRAST:
         raise UserError(BLANK)
     strong = size >= 0.5 * strongest
-    # Ink of one sign: what is darker and what is brighter than the paper must not cancel out.
+    # Only pixels on one side of the paper: what is darker and what is brighter must not cancel out.
     first = flat[strong][np.argmax(size[strong])]
     sides = flat[strong] @ first
     side = sides > 0 if np.count_nonzero(sides > 0) * 2 >= len(sides) else sides < 0
@@ -155,65 +160,65 @@ def _along_one_colour(difference: Ink) -> tuple[Ink, float]:
     return (along / max(full, 1e-6)).reshape(difference.shape[:2]), full
 
 
-def _evened(ink: Ink) -> Ink:
-    """Ink without the shadows, which are broader than any stroke, and without the paper's noise."""
+def _remove_shadows_and_noise(ink: Ink) -> Ink:
+    """Ink less the shadows, which are broader than any stroke, and less the paper's noise."""
     if min(ink.shape) >= 48:  # in a smaller picture strokes are as broad as shadows
         size = round(0.35 * min(ink.shape))
         ink = ink - ndimage.grey_opening(ndimage.uniform_filter(ink, 3), size)
     floor = float(np.median(ink))
     noise = 1.4826 * float(np.median(np.abs(ink - floor)))
     floor += min(2 * noise, 0.3)
-    full = float(np.percentile(ink[ink > LEVEL], 90)) if (ink > LEVEL).any() else 1.0
+    full = float(np.percentile(ink[ink > STROKE_LEVEL], 90)) if (ink > STROKE_LEVEL).any() else 1.0
     return ((ink - floor) / max(full - floor, 1e-6)).astype(np.float32)
 
 
 def _strokes(ink: Ink) -> NDArray[np.bool_]:
-    """The digit's own strokes: not specks, not what enters from the picture's edge.
+    """The mask of the digit's strokes, without specks and what comes in from the picture's edge.
 
     Raises:
-        UserError: no one thing stands out, as in noise.
+        UserError: nothing stands out, as in noise.
     """
-    mask = ink > LEVEL
-    if _coherence(mask) < COHERENCE:
+    mask = ink > STROKE_LEVEL
+    if _coherence(mask) < MINIMUM_COHERENCE:
         raise UserError(NOISE)
     labels, count = ndimage.label(mask, np.ones((3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
     for index in range(1, count + 1) if count < 50 else ():
-        sizes[index] *= not _from_the_edge(labels == index)
-    sizes[_fringes(labels, sizes)] = 0
+        sizes[index] *= not _frames_the_picture(labels == index)
+    sizes[_along_the_edge(labels, sizes)] = 0
     if not sizes.any():
         return mask
-    kept = sizes >= 0.08 * sizes.max()
-    if kept.sum() > 6:
+    kept = sizes >= SMALL_PART * sizes.max()
+    if kept.sum() > MAXIMUM_PARTS:
         raise UserError(NOISE)
     return kept[labels]
 
 
-def _fringes(labels: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which components lie along the picture's edge, as a table beside the paper does, where a digit lies inside."""
+def _along_the_edge(labels: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which components lie along the picture's edge while others lie inside, as a table beside the paper does."""
     height, width = labels.shape
     y, x = np.arange(height)[:, None], np.arange(width)
     depth = np.minimum(np.minimum(y, height - 1 - y), np.minimum(x, width - 1 - x))
     edges = np.concatenate((labels[0], labels[-1], labels[:, 0], labels[:, -1]))
     touching = np.bincount(edges, minlength=len(sizes)) > 0
-    if sizes[~touching].max(initial=0) < 0.08 * sizes.max():
+    if sizes[~touching].max(initial=0) < SMALL_PART * sizes.max():
         return np.zeros(len(sizes), bool)
     mean_depth = np.bincount(labels.ravel(), depth.ravel(), len(sizes)) / np.maximum(np.bincount(labels.ravel()), 1)
     return touching & (mean_depth < 0.15 * min(height, width))
 
 
-def _from_the_edge(part: NDArray[np.bool_]) -> bool:
-    """Whether a component runs along the picture's edge on three sides or more: a frame, a table, a shadow."""
+def _frames_the_picture(part: NDArray[np.bool_]) -> bool:
+    """Whether a component covers half of two sides of the picture or more: a frame, a table, a shadow."""
     sides = (part[0], part[-1], part[:, 0], part[:, -1])
     return sum(side.mean() > 0.5 for side in sides) >= 2
 
 
 def _coherence(mask: NDArray[np.bool_]) -> float:
-    """Correlation of a pixel with its neighbours to the right and below."""
-    share = mask.mean()
-    if share in (0, 1) or mask.size < 4:
+    """Correlation of a mask's pixels with their neighbours to the right and below, -1 to 1."""
+    fraction = mask.mean()
+    if fraction in (0, 1) or mask.size < 4:
         return 1.0
     pairs = [(mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])]
     both = sum(np.count_nonzero(a & b) for a, b in pairs) / max(1, sum(a.size for a, _ in pairs))
-    return float((both - share**2) / (share - share**2))
+    return float((both - fraction**2) / (fraction - fraction**2))
