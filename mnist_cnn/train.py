@@ -11,23 +11,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Train
-from mnist_cnn.runs.hydra_app import in_one_line, plain, run_command
-from mnist_cnn.runs.jobs import claim, discard, guarded, plain_job
-from mnist_cnn.runs.multirun import swept
-from mnist_cnn.runs.table import state
-from mnist_cnn.runs.worker import own_share
-from mnist_cnn.training.follow import take_part
-from mnist_cnn.training.ranks import outside
+from mnist_cnn.runs.folder import claim, discard, release
+from mnist_cnn.runs.hydra_app import guarded, in_one_line, in_worker, is_sweep, plain, plain_job, run_command
+from mnist_cnn.runs.multirun import run_sweep, state, with_own_threads
 
 if TYPE_CHECKING:
     from mnist_cnn.training.fit import Metrics
@@ -42,29 +37,23 @@ def job(config: DictConfig) -> Metrics | None:
 
     def work() -> Metrics:
         settings, overrides = validated(Train, plain(config)), details.overrides.task
-        if details.mode == RunMode.MULTIRUN:
-            (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
-            left = state(folder)
-            if left == "finished":
+        if is_sweep():
+            (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
+            if state(folder) == "finished":
                 log.info("%s has finished already: nothing was changed", folder)
                 return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            settings = own_share(settings)
-            if left == "interrupted":  # with its own settings, which were compared before the sweep went on
+            settings = with_own_threads(settings)
+            if state(folder) == "interrupted":  # its own settings were compared before the sweep went on
                 settings, overrides = settings.model_copy(update={"resume": str(folder)}), []
         from mnist_cnn.training.fit import fit
 
-        return fit(settings, folder, overrides, details.runtime.choices)
+        return fit(settings, folder, overrides, details.runtime.choices, silent=in_worker())
 
-    return guarded(work, folder)
+    return guarded(work, folder, fail_fast=config.fail_fast)
 
 
 def main() -> None:
-    def task() -> NoReturn:
-        run_command(lambda: swept(job), "train")
-
-    if outside():
-        take_part(task)
-    task()
+    run_command(lambda: run_sweep(job), "train")
 
 
 def train(config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:
@@ -100,6 +89,8 @@ def train(config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:
         raise UserError(in_one_line(error, "train")) from None
     finally:
         HydraConfig.instance().cfg = previous
+        if folder:
+            release(folder)
 
 
 def composed_of(overrides: list[str]) -> DictConfig:

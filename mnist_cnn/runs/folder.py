@@ -1,4 +1,4 @@
-"""A run's folder: what is written there, and how it is read again."""
+"""A run's folder: what is written there, which process may work there, and how it is read again."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import csv
 import json
 import os
 import platform
+import re
+import secrets
+import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,20 @@ from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, PACKAGE, Train
 
 PACKAGES = ("mnist-cnn", "torch", "torchvision", "pytorch-lightning", "hydra-core")
+OLDEST = (0, 2)  # the first version whose runs and sweeps can be continued
+TEMPORARY = re.compile(r"\.mnist_cnn-[0-9a-f]{8}-.+")
+LOCK = ".lock"
+
+
+# --- whole files -------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary name to write under; the file appears as `path` once it is whole and on the disk, or not at all."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps its ending
+    temporary = path.with_name(f".mnist_cnn-{secrets.token_hex(4)}-{path.name}")  # keeps its ending
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -53,6 +64,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
         writer.writerows(rows)
 
 
+# --- config.yaml -------------------------------------------------------------------------------------------
+
+
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
@@ -73,6 +87,7 @@ def describe_run(folder: Path, config: Train, overrides: Sequence[str], choices:
     if config.resume:
         content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         if content["epochs"] != config.epochs:
+            (folder / "metrics.json").unlink(missing_ok=True)  # it has not finished any more
             write_whole(folder / "config.yaml", yaml.safe_dump({**content, "epochs": config.epochs}, sort_keys=False))
         return
     run = {
@@ -88,49 +103,143 @@ def describe_run(folder: Path, config: Train, overrides: Sequence[str], choices:
     write_whole(folder / "config.yaml", yaml.safe_dump({**settings, "run": run}, sort_keys=False))
 
 
+def refuse_old(folder: Path, written_by: str) -> None:
+    """Raise UserError where `folder` comes from a version whose runs and sweeps cannot be continued."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", written_by)[:2])
+    if numbers < OLDEST:
+        raise UserError(
+            f"{folder} was written by mnist-cnn {written_by}, and version {version('mnist-cnn')} cannot continue it: "
+            "start anew in another folder, or from a run's weights by initialize=FOLDER"
+        )
+
+
 def read_run(folder: Path) -> tuple[Train, dict[str, Any]]:
     """The configuration of a run's folder, and what ran it.
 
     Raises:
-        UserError: the folder is not a run's.
+        UserError: the folder is not a run's, or is one of a version before 0.2.
     """
     file = folder / "config.yaml"
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         run = content.pop("run")
+        written_by = run["versions"]["mnist-cnn"]
     except (OSError, yaml.YAMLError, AttributeError, KeyError, UnicodeDecodeError, TypeError):
         raise UserError(f"{folder} is not a run's folder: it has no config.yaml of mnist-train") from None
+    refuse_old(folder, str(written_by))
     return validated(Train, content), run
+
+
+# --- one process in a folder -------------------------------------------------------------------------------
+
+_held: dict[Path, FileLock] = {}  # folders that this process has claimed, until it releases them
+_created: set[Path] = set()  # those of them that it made
 
 
 def refuse_occupied(folder: Path) -> None:
     """Raise UserError where a run or a sweep has been written already."""
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is another run's folder: choose another, or continue that run by resume={folder}")
-    if any((folder / name).exists() for name in ("results.csv", "multirun.yaml")) or any(folder.glob("*/.hydra")):
+    if any((folder / name).exists() for name in ("results.csv", "sweep.yaml", "multirun.yaml")) or any(
+        folder.glob("*/.hydra")
+    ):
         raise UserError(f"{folder} is another sweep's folder: choose another")
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """One process works in a run's folder at a time.
-
-    Raises:
-        UserError: another one does.
-    """
-    lock = FileLock(folder / ".lock")
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another") from None
+    return lock
+
+
+def _unlock(lock: FileLock) -> None:
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+
+
+def claim(folder: Path, by_user: bool = False, check: Callable[[Path], None] = refuse_occupied) -> Path:
+    """Take a folder for this process until it is released: the user's, or else the first free of it, `_2`, `_3`…
+
+    Of several processes that claim one folder at once, one gets it; `check` looks at a user's that was there already.
+
+    Raises:
+        UserError: the user's folder is another process's, or holds a run or a sweep already.
+    """
+    if by_user and folder == Path():
+        raise UserError("hydra.run.dir is empty: name a folder")
+    for attempt in count(1):
+        candidate = folder if attempt == 1 else folder.with_name(f"{folder.name}_{attempt}")
+        try:
+            candidate.mkdir(parents=True)
+            created = True
+        except FileExistsError:
+            if not candidate.is_dir():
+                raise
+            created = False
+        if not created and not by_user:
+            continue
+        lock = _lock(candidate)
+        try:
+            check(candidate)
+        except BaseException:
+            _unlock(lock)
+            raise
+        _held[candidate.absolute()] = lock
+        if created:
+            _created.add(candidate.absolute())
+        return candidate
+    raise AssertionError
+
+
+def release(folder: Path) -> None:
+    """Let other processes have a folder that this one claimed; nothing happens where it did not."""
+    if lock := _held.pop(folder.absolute(), None):
+        _unlock(lock)
+    _created.discard(folder.absolute())
+
+
+def release_all() -> None:
+    for folder in list(_held):
+        release(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that this process made and holds, where no run has begun in it."""
+    if folder.absolute() not in _created or (folder / "config.yaml").exists() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink(missing_ok=True)
+    release(folder)
+    with suppress(OSError):  # another process has taken it since
+        folder.rmdir()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process works in a run's folder at a time; what a killed one left half written is cleared away.
+
+    Raises:
+        UserError: another one does.
+    """
+    lock = None if folder.absolute() in _held else _lock(folder)
     try:
         for place in (folder, folder / "checkpoints"):
-            for left in place.glob(".[0-9]*.*"):  # by a process that was killed while it wrote
-                left.unlink()
+            for path in place.glob(".mnist_cnn-*"):
+                if TEMPORARY.fullmatch(path.name):
+                    path.unlink()
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        if lock:
+            _unlock(lock)
+
+
+# --- resume=FOLDER -----------------------------------------------------------------------------------------
 
 
 def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Train, dict[str, Any]]:
@@ -140,31 +249,36 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
         UserError: an override differs from what the run began with; only `epochs` may grow.
     """
     stored, run = read_run(folder)
-    ours, theirs = stored.model_dump(), config.model_dump()
     named = [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in overrides]
-    differing = []
-    for word, key in zip(overrides, named, strict=True):
-        if key.startswith(("resume", "plots", "epochs", "accelerator", "data.root", "checkpoint")):
-            continue
-        if key in run["choices"]:
-            was, asked = run["choices"][key], word.partition("=")[2]
-        else:
-            was, asked = (OmegaConf.select(OmegaConf.create(settings), key) for settings in (ours, theirs))
-        if was != asked:
-            differing.append(f"{key}={was}, not {asked}")
-    if differing:
+    if differing := _differing(stored, config, run["choices"], dict(zip(named, overrides, strict=True))):
         raise UserError(f"resume={folder}: the run has {'; '.join(differing)}; leave that out or start a new run")
     epochs = config.epochs if "epochs" in named else stored.epochs
     if epochs < stored.epochs:
         raise UserError(f"resume={folder}: the run has epochs={stored.epochs}; epochs may only grow, not be {epochs}")
     if epochs > stored.epochs and stored.schedule.length:
         raise UserError(f"resume={folder}: epochs cannot grow, as the run's schedule ends with epoch {stored.epochs}")
-    finished = folder / "metrics.json"
-    metrics = json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else {}
     moved = "data.root" in named or not Path(stored.data.root).is_dir()
     data = stored.data.model_copy(update={"root": config.data.root if moved else stored.data.root})
     update: dict[str, Any] = {"resume": config.resume, "epochs": epochs, "data": data, "plots": config.plots}
     for part in ("accelerator", "checkpoint"):
         if any(key.startswith(part) for key in named):
             update[part] = getattr(config, part)
-    return stored.model_copy(update=update), metrics if metrics.get("epochs", 0) >= epochs else {}
+    finished = epochs == stored.epochs and (folder / "metrics.json").is_file()
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8")) if finished else {}
+    return stored.model_copy(update=update), metrics
+
+
+def _differing(stored: Train, config: Train, choices: Mapping[str, Any], overrides: Mapping[str, str]) -> list[str]:
+    """`["seed=1, not 2", …]` for each override that is not what the run has."""
+    theirs, ours = (OmegaConf.create(settings.model_dump()) for settings in (stored, config))
+    differing = []
+    for key, word in overrides.items():
+        if key.startswith(("resume", "plots", "epochs", "accelerator", "data.root", "checkpoint")):
+            continue
+        if key in choices:
+            was, asked = choices[key], word.partition("=")[2]
+        else:
+            was, asked = (OmegaConf.select(settings, key) for settings in (theirs, ours))
+        if was != asked:
+            differing.append(f"{key}={was}, not {asked}")
+    return differing

@@ -1,4 +1,4 @@
-"""What the commands share: Hydra's entry, and its errors in one line with exit status 2."""
+"""How Hydra starts a command: checked before a folder is made, errors in one line, and the contract's exit statuses."""
 
 from __future__ import annotations
 
@@ -10,28 +10,42 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import hydra
-from hydra._internal.config_repository import ConfigRepository
-from hydra._internal.utils import get_args_parser
+from hydra._internal.config_repository import ConfigRepository  # see run_command: Hydra has no public way there
+from hydra._internal.utils import get_args_parser  # Hydra's own flags: there is no public parser of them
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
 
-from mnist_cnn.config.schema import UserError, nearest
-from mnist_cnn.config.settings import CONF
+from mnist_cnn.config import settings as schemas
+from mnist_cnn.config.schema import RunError, Strict, UserError, nearest, validated
+from mnist_cnn.config.settings import CONF, OWNED_TRAINER_KEYS, Train
+from mnist_cnn.runs.folder import claim, discard, read_run, release_all, write_whole
+
+log = logging.getLogger(__name__)
+
+# The schema of each command, by the name of its configuration.
+SCHEMAS = {"train": "Train", "evaluate": "Evaluate", "predict": "Predict", "export": "Export", "import": "Import"}
+SCHEMAS["sweep"] = "SweepSettings"
+PATHS = {"checkpoint", "images", "initialize", "resume", "multirun.resume", "data.root"}
+PATHS |= {"hydra.run.dir", "hydra.sweep.dir"}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # no fault of the user's input
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 # Folder names come from overrides: keep them to characters that need no quoting in a shell or in Hydra.
 OmegaConf.register_new_resolver(
     "folder_name", lambda text: re.sub(r"[^\w.+-]+", "-", str(text)).strip("-")[:180], replace=True
 )
-
-
-PATHS = {"checkpoint", "images", "initialize", "resume", "multirun.resume", "data.root"}
-PATHS |= {"hydra.run.dir", "hydra.sweep.dir"}
 
 
 class Console(logging.StreamHandler[TextIO]):
@@ -49,7 +63,7 @@ class Console(logging.StreamHandler[TextIO]):
             super().handleError(record)
 
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # no fault of the user's input
+# --- errors ------------------------------------------------------------------------------------------------
 
 
 def refuse(reason: object, error: Exception | None = None) -> NoReturn:
@@ -58,36 +72,17 @@ def refuse(reason: object, error: Exception | None = None) -> NoReturn:
     raise SystemExit(1 if isinstance(error, OSError) and error.errno in NO_ROOM else 2)
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain dicts and lists, every interpolation resolved."""
-    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def _leaves(config: Any, prefix: str = "") -> list[str]:
-    """Every key of a composed configuration, groups included, as the command line writes it."""
-    if not OmegaConf.is_dict(config):
-        return []
-    names = [f"{prefix}{key}" for key in config]
-    return names + [
-        leaf for name, key in zip(names, config, strict=True) for leaf in _leaves(config._get_node(key), f"{name}.")
-    ]
-
-
 def in_one_line(error: Exception, config_name: str) -> str:
     """Hydra's and OmegaConf's errors in our words, with the nearest right name."""
     text = str(error)
     if isinstance(error, UserError):
         return text
     if isinstance(error, MissingConfigException) and (plugin := re.search(r"hydra/launcher/(joblib|submitit)_?", text)):
-        name = plugin[1]
-        return f"hydra/launcher needs a package that is not installed: pip install 'mnist-cnn[{name}]'"
+        return f"hydra/launcher needs a package that is not installed: pip install 'mnist-cnn[{plugin[1]}]'"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return (
-            f"{group}={option}: no such option{nearest(option, error.options)} (there are {', '.join(error.options)})"
-        )
+        options = ", ".join(error.options)
+        return f"{group}={option}: no such option{nearest(option, error.options)} (there are {options})"
     if isinstance(error, OverrideParseException):
         reason = next(line for line in text.splitlines() if line.strip()).removeprefix("LexerNoViableAltException: ")
         return f"{error.override}: expected key=value; quote what is special to Hydra, as in 'key=\"a b\"' ({reason})"
@@ -100,16 +95,140 @@ def in_one_line(error: Exception, config_name: str) -> str:
     if match := re.match(
         r"Could not (?:override|append to config|delete from config)[^'\n]*'([^'\n]+?)(?:@.*)?'", text
     ):
-        begun = GlobalHydra.instance().is_initialized()  # within a command
-        with nullcontext() if begun else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            known = _leaves(hydra.compose(config_name))
-        return f"unknown key {match[1]}{'' if match[1].startswith('hydra') else nearest(match[1], known)}"
+        return _unknown_key(match[1], config_name)
     if match := re.match(r"(?:Missing mandatory value|Structured config of type.*): (\S+)", text):
         return f"{match[1]} is missing; give {match[1]}=…"
-    first = text.strip().splitlines()
-    return "; ".join(
-        line.strip() for line in first if line.strip() and "full_key" not in line and "object_type" not in line
-    )
+    lines = (line.strip() for line in text.splitlines())
+    return "; ".join(line for line in lines if line and "full_key" not in line and "object_type" not in line)
+
+
+def _unknown_key(key: str, config_name: str) -> str:
+    group, _, flag = key.partition(".")
+    if group == "trainer" and flag in OWNED_TRAINER_KEYS:
+        return f"{key} is set by the run itself; {OWNED_TRAINER_KEYS[flag]}"
+    if key.startswith("hydra"):
+        return f"unknown key {key}"
+    within_command = GlobalHydra.instance().is_initialized()
+    with nullcontext() if within_command else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        known = OmegaConf.to_container(hydra.compose(config_name))
+    return f"unknown key {key}{nearest(key, _keys(known))}"
+
+
+def _keys(config: Any, prefix: str = "") -> Iterable[str]:
+    """Every key of a composed configuration, groups included, as the command line writes it."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _keys(value, f"{prefix}{key}.")
+
+
+# --- a command's configuration -----------------------------------------------------------------------------
+
+
+def schema_of(config_name: str) -> type[Strict]:
+    return getattr(schemas, SCHEMAS[config_name])
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain dicts and lists, every interpolation resolved."""
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def plain_job(config: DictConfig, folder: Path = Path()) -> dict[str, Any]:
+    """The job's part of a composed configuration, resolved for a run in `folder`, without Hydra's own part."""
+    previous = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        runtime: Any = HydraConfig.get().runtime
+        with read_write(runtime):
+            runtime.output_dir = str(folder)
+        return plain(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    finally:
+        HydraConfig.instance().cfg = previous
+
+
+def chosen(config: DictConfig, key: str) -> bool:
+    """Whether the user has set this key of Hydra's on the command line."""
+    return any(override.lstrip("+").startswith(f"{key}=") for override in config.hydra.overrides.hydra)
+
+
+class RunCallback(Callback):
+    """Hydra's hook before a single run: refuse wrong settings before a folder is made, then claim the folder."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        name = config.hydra.job.config_name
+        try:
+            settings = validated(schema_of(name), plain_job(config))
+            with read_write(config.hydra):
+                if isinstance(settings, Train) and settings.resume:
+                    read_run(Path(settings.resume))
+                    config.hydra.run.dir = settings.resume
+                    config.hydra.output_subdir = None  # Hydra's own record of the first start stays as it is
+                elif config.hydra.output_subdir is not None:
+                    folder = claim(Path(config.hydra.run.dir), chosen(config, "hydra.run.dir"))
+                    config.hydra.run.dir = str(folder)
+        except (UserError, OSError, OmegaConfBaseException) as error:
+            refuse(in_one_line(error, name), error)
+
+
+# --- a job -------------------------------------------------------------------------------------------------
+
+sweep_process: int | None = None  # the process that runs a sweep, in itself; see multirun
+
+
+def is_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def in_worker() -> bool:
+    """Whether this process works on one job of a sweep that another process runs."""
+    return is_sweep() and sweep_process != os.getpid()
+
+
+def launcher_name() -> str:
+    return str(HydraConfig.get().launcher["_target_"]).rpartition(".")[2]
+
+
+def job_title(number: int | str, overrides: Iterable[str]) -> str:
+    words = [word for word in overrides if not word.startswith("fail_fast=")]
+    return f"job {number} ({' '.join(words) or 'no overrides'})"
+
+
+def guarded(work: Callable[[], Any], folder: Path, fail_fast: bool = False) -> Any:
+    """A job's failures as the contract has them; in a sweep they are reported and the other jobs go on."""
+    details = ""
+    try:
+        return work()
+    except UserError as error:
+        status, reason = 2, str(error)
+    except RunError as error:
+        status, reason = 1, str(error)
+    except OSError as error:
+        status, reason = 1, in_one_line(error, "train")
+    except SystemExit as ended:
+        discard(folder)
+        # In a worker a signal ends this job alone, to be resumed; SLURM has to see it, as it may queue the job anew.
+        if ended.code in STOPPED and in_worker() and launcher_name() != "SlurmLauncher":
+            return None
+        raise
+    except Exception as error:
+        if not is_sweep():
+            raise
+        status, reason, details = 1, f"{type(error).__name__}: {error}", traceback.format_exc()
+    reason = " ".join(reason.split())
+    if not is_sweep():
+        log.error("error: %s", reason)
+        discard(folder)
+        raise SystemExit(status)
+    log.error("error: %s: %s", job_title(HydraConfig.get().job.num, HydraConfig.get().overrides.task), reason)
+    write_whole(folder / "error.txt", f"{reason}\n{details}")
+    if fail_fast:
+        raise SystemExit(1)
+    return None
+
+
+# --- a command ---------------------------------------------------------------------------------------------
 
 
 def literal(key: str, value: str) -> str:
@@ -130,9 +249,8 @@ def _literal_paths(arguments: list[str]) -> list[str]:
     return quoted
 
 
-def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
-    """Run a `@hydra.main` task as a command: `task` ends by SystemExit or returns for status 0."""
-    words = _literal_paths(sys.argv[1:])
+def parsed(words: list[str]) -> Namespace:
+    """The command line as Hydra's own parser reads it, flags and overrides in any order."""
     # Ctrl-C ends what has not begun at once; argparse would make an error of its own of it.
     signals = (signal.SIGINT,) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, signal.SIG_DFL) for number in signals}
@@ -146,6 +264,13 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         refuse(f"unknown flag {unknown[0]}; settings are written without dashes, such as {name}=…")
+    return known
+
+
+def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
+    """Run a `@hydra.main` task as a command: `task` ends by SystemExit or returns for status 0."""
+    words = _literal_paths(sys.argv[1:])
+    known = parsed(words)
     # argparse takes overrides in one place only; users write flags anywhere between them.
     sys.argv[1:] = [word for word in words if word not in known.overrides] + known.overrides
     # Hydra hands its errors on only in this mode; a user who asks for it gets the traceback as well.
@@ -165,4 +290,6 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
         refuse(in_one_line(error, config_name), error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        release_all()
     raise SystemExit(0)

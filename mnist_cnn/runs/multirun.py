@@ -1,177 +1,474 @@
-"""A sweep of mnist-train as it goes: alone in its folder, stopped by a signal, ended with its table."""
+"""Sweeps by `mnist-train -m`: all jobs checked before the first begins, a table at the end, and the way on from there.
+
+Hydra's sweeper and launchers run the jobs; what a job has done is read from its folder.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hydra.core.utils import configure_log
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, configure_log
+from hydra.experimental.callback import Callback
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from mnist_cnn.runs.folder import alone_in, write_csv, write_whole
-from mnist_cnn.runs.plan import RECORD, Job, continued, settings_of
-from mnist_cnn.runs.table import job_row, number, results_table, state
-from mnist_cnn.runs.worker import STOP
+from mnist_cnn.config.schema import Strict, UserError, validated
+from mnist_cnn.config.settings import Train
+from mnist_cnn.runs import hydra_app
+from mnist_cnn.runs.folder import claim, read_run, refuse_old, release, write_csv, write_whole
+from mnist_cnn.runs.hydra_app import chosen, in_one_line, job_title, literal, plain_job, refuse, schema_of
 
 log = logging.getLogger(__name__)
+
+RECORD = "sweep.yaml"  # the sweep's command
+GPUS = "MNIST_CNN_GPUS"  # the environment variable by which jobs know which GPUs they share
+OF_THE_COMMAND = ("fail_fast", "multirun.resume")  # these overrides change no job
+
+
+class Job(NamedTuple):
+    number: int
+    overrides: list[str]
+    folder: Path
+    settings: Strict
 
 
 @dataclass
 class Sweep:
-    """What a process knows of the sweep that it runs."""
+    """The sweep that this process runs."""
 
     folder: Path
-    jobs: list[Job]  # none where a sweeper other than Hydra's own plans them as it goes
+    jobs: list[Job]
     config: DictConfig
-    halt: Callable[[], None] = lambda: None  # ends the jobs of other processes
-    all_told: Callable[[], None] = lambda: None  # waits until each end of a job there has been told
-    over: threading.Event = field(default_factory=threading.Event)
-    stopped_by_failure: bool = False
-    concluded: bool = False
-    cleanup: ExitStack = field(default_factory=ExitStack)
-
-    @property
-    def fail_fast(self) -> bool:
-        return bool(self.config.get("fail_fast"))
-
-    def folders(self) -> list[Path]:
-        """Of the jobs that are planned, or else of those that have begun."""
-        return [job.folder for job in self.jobs] or sorted(
-            (path.parent for path in self.folder.glob("*/.hydra")), key=number
-        )
+    handlers: dict[int, Any]  # of signals, from before the sweep
+    ended: bool = False
 
 
-_sweeps: list[Sweep] = []
+current: Sweep | None = None
 
 
-def current() -> Sweep | None:
-    """The sweep that this process runs; none in a process that only works on a job of one."""
-    return _sweeps[-1] if _sweeps else None
+# --- Hydra's hooks -----------------------------------------------------------------------------------------
 
 
-def begin(config: DictConfig, folder: Path, jobs: list[Job]) -> Sweep:
-    """This process runs the sweep in `folder` from here on, alone; SIGINT and SIGTERM end it with its table.
+class MultirunCallback(Callback):
+    """Hydra's hooks of a sweep: check all jobs and claim the folder; a line for each worker's job; a table at the end."""
 
-    Raises:
-        UserError: another process runs it.
-    """
-    sweep = Sweep(folder, [job._replace(folder=folder / job.folder) for job in jobs], config)
-    sweep.cleanup.enter_context(alone_in(folder))
-    _sweeps.append(sweep)
-    sweep.cleanup.enter_context(_stoppable(sweep))
-    (folder / STOP).unlink(missing_ok=True)
-    if not (copy := folder / f".{RECORD}").exists():
-        write_whole(copy, OmegaConf.to_yaml(config))
-    found = {job.folder: state(job.folder) for job in sweep.jobs}
-    if set(found.values()) - {"not begun"}:
-        finished = list(found.values()).count("finished")
-        log.info("continuing %s: %d of %d jobs are done", folder, finished, len(found))
-        means = {"finished": "kept", "interrupted": "resumed", "failed": "failed, run again", "not begun": "run"}
-        for job_folder, name in found.items():
-            log.info("\t%s: %s", job_folder.relative_to(folder), means[name])
-            if name == "failed":
-                (job_folder / "error.txt").unlink()  # its train.log has the reason too
-    return sweep
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        global current
+        name = config.hydra.job.config_name
+        try:
+            jobs = planned(config)
+            folder, by_user = Path(config.hydra.sweep.dir), chosen(config, "hydra.sweep.dir")
+            begun = any((folder / file).exists() for file in (RECORD, "multirun.yaml"))
+            if name == "train" and jobs and by_user and begun:
+                claim(folder, by_user, lambda _: require_same(folder, config, jobs))
+            else:
+                folder = claim(folder, by_user)
+            if name == "train" and jobs:
+                jobs = [job._replace(folder=folder / job.folder) for job in jobs]
+                current = Sweep(folder, jobs, config, _stop_at_signals())
+                write_record(folder, config)
+                report_states(current)
+            hydra_app.sweep_process = os.getpid()
+            share_machine(config, jobs)
+            _set_everywhere(config, "hydra.sweep.dir", str(folder.absolute()))
+        except Exception as error:  # Hydra would warn of it and go on
+            refuse(in_one_line(error, name), error)
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        if hydra_app.in_worker() and config.hydra.job.config_name == "train":
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, hydra_app.Console):  # it shows the lines of this module only
+                    handler.addFilter(logging.Filter(__name__))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if hydra_app.in_worker() and config.hydra.job.config_name == "train":
+            details = HydraConfig.get()
+            report_end(Path(details.runtime.output_dir), job_title(details.job.num, details.overrides.task))
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if current is None:  # of another command or sweeper: its jobs' lines are all there is
+            failed = any(Path(config.hydra.sweep.dir).glob("*/error.txt"))
+        else:
+            rows = conclude(current)
+            unfinished = sum(bool(row["error"]) for row in rows)
+            failed = unfinished > 0
+            if failed:
+                log.error("%d of %d jobs failed%s", unfinished, len(rows), continue_line(current))
+        if failed:
+            raise SystemExit(1)
 
 
-@contextmanager
-def _stoppable(sweep: Sweep) -> Iterator[None]:
-    def stop(signum: int, _: Any) -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        sweep.halt()
-        raise SystemExit(1 if sweep.stopped_by_failure else 128 + signum)
-
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, stop) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def swept(task: Callable[[], Any]) -> None:
-    """Run a `@hydra.main` task; where it is a sweep, end it with its table and how to continue, whatever ends it."""
+def run_sweep(task: Callable[[], Any]) -> None:
+    """Run a `@hydra.main` task; where it is a sweep that breaks off, end it with its table and how to continue."""
+    global current
     sys.argv[1:] = continued(sys.argv[1:])
     try:
         task()
     except BaseException as error:
-        sweep = current()
-        failed = isinstance(error, Exception)
         refused = isinstance(error, SystemExit) and error.code in (None, 0, 2)
-        if sweep is None or sweep.concluded or refused:
+        if current is None or current.ended or refused:
             raise
-        if failed and not any(folder.exists() for folder in sweep.folders()):
-            raise  # before the first job
-        if failed:  # a launcher; what fails in a job is reported there
-            sweep.halt()
-            reason = " ".join(f"{type(error).__name__}: {error}".split()).partition(". ")[0]
-            log.error("error: the sweep broke off: %.300s", reason)
-        stopped(sweep)
+        if isinstance(error, Exception):  # of a launcher; what fails in a job is reported there
+            if not any(job.folder.exists() for job in current.jobs):
+                raise
+            log.error("error: the sweep broke off: %.300s", " ".join(f"{type(error).__name__}: {error}".split()))
+        report_stop(current)
         raise SystemExit(error.code if isinstance(error, SystemExit) else 1) from None
     finally:
-        while _sweeps:
-            _sweeps[-1].over.set()
-            _sweeps.pop().cleanup.close()
+        if current:
+            for number, handler in current.handlers.items():
+                signal.signal(number, handler)
+            release(current.folder)
+        current = hydra_app.sweep_process = None
 
 
-# --- its end -----------------------------------------------------------------------------------------------
+def _stop_at_signals() -> dict[int, Any]:
+    """Ctrl-C and SIGTERM end the sweep between two jobs; a job that trains here deals with them itself."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+
+    def stop(signum: int, _: Any) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        raise SystemExit(128 + signum)
+
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    return before
+
+
+def _set_everywhere(config: DictConfig, key: str, value: Any) -> None:
+    """Set a key of Hydra's for the sweep and for each of its jobs, wherever they are composed anew."""
+    with read_write(config.hydra), open_dict(config.hydra):
+        OmegaConf.update(config, key, value)
+        config.hydra.overrides.hydra.append(literal(key, value) if isinstance(value, str) else f"{key}={value}")
+
+
+# --- jobs before they begin --------------------------------------------------------------------------------
+
+
+def planned(config: DictConfig) -> list[Job]:
+    """Every job of Hydra's own sweeper, its settings checked, its folder still relative to the sweep's.
+
+    Another sweeper plans its jobs as it goes: none is known then.
+
+    Raises:
+        UserError: a job's settings are wrong, or two jobs have one folder.
+    """
+    sweeper: Any = get_class(config.hydra.sweeper._target_)
+    if not hasattr(sweeper, "split_arguments"):
+        return []
+    loader = GlobalHydra.instance().config_loader()
+    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parsed = OverridesParser.create(loader).parse_overrides([*parameters, *config.hydra.overrides.task])
+    jobs: dict[Path, Job] = {}
+    for number, overrides in enumerate(sweeper.split_arguments(parsed, None)[0]):
+        composed = loader.load_sweep_config(config, list(overrides))
+        with open_dict(composed.hydra.job):
+            composed.hydra.job.id = composed.hydra.job.num = number
+        settings = validated(schema_of(config.hydra.job.config_name), plain_job(composed))
+        if isinstance(settings, Train) and settings.resume:
+            raise UserError("resume continues one run: leave out -m; a sweep is continued by multirun.resume=FOLDER")
+        folder = Path(str(composed.hydra.sweep.subdir))
+        if folder in jobs:
+            raise UserError(
+                f"hydra.sweep.subdir={folder} is the folder of jobs {jobs[folder].number} and {number} alike; "
+                "let it contain ${hydra.job.num}"
+            )
+        jobs[folder] = Job(number, list(overrides), folder, settings)
+    return list(jobs.values())
+
+
+def share_machine(config: DictConfig, jobs: list[Job]) -> None:
+    """Say which GPUs the jobs share, and how many run at once: as many as there are GPUs, or else cores, or jobs."""
+    accelerators = {job.settings.accelerator.name for job in jobs if isinstance(job.settings, Train)}
+    gpus = [] if accelerators == {"cpu"} else visible_gpus()
+    os.environ[GPUS] = ",".join(gpus)
+    launcher = config.hydra.launcher._target_.rpartition(".")[2]
+    limits = {"JoblibLauncher": "hydra.launcher.n_jobs", "LocalLauncher": "hydra.sweeper.max_batch_size"}
+    if key := limits.get(launcher):
+        asked = OmegaConf.select(config, key) or 0
+        at_once = asked if asked > 0 else len(gpus) or _cores()
+        _set_everywhere(config, key, min(at_once, len(jobs) or at_once))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs as CUDA_VISIBLE_DEVICES names them; asked of nvidia-smi, as torch takes seconds to import."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip().isdigit()]
+
+
+def gpus_of_job(number: int, at_once: int) -> str:
+    """CUDA_VISIBLE_DEVICES for a job of `at_once` on this machine: its part of the GPUs, and at least one."""
+    gpus = [gpu for gpu in os.environ.get(GPUS, "").split(",") if gpu]
+    each = max(1, len(gpus) // at_once)
+    first = number * each % max(1, len(gpus))
+    return ",".join(gpus[first : first + each]) or os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+
+
+def threads_of_job(at_once: int) -> str:
+    """OMP_NUM_THREADS for a job of `at_once` on this machine."""
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // at_once))
+
+
+def with_own_threads(settings: Train) -> Train:
+    """A job's settings with the threads that its launcher gives it: they are part of the bits, and of config.yaml."""
+    threads = os.environ.get("OMP_NUM_THREADS", "") if hydra_app.in_worker() else ""
+    if not threads.isdigit() or settings.accelerator.threads is not None:
+        return settings
+    accelerator = settings.accelerator.model_copy(update={"threads": int(threads)})
+    return settings.model_copy(update={"accelerator": accelerator})
+
+
+def _cores() -> int:
+    """Those that this process may use, in a container too."""
+    from joblib import cpu_count
+
+    return cpu_count()
+
+
+# For the launchers of conf/hydra/launcher.
+for _resolver in (gpus_of_job, threads_of_job):
+    OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
+
+
+# --- continuing --------------------------------------------------------------------------------------------
+
+
+def key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def job_overrides(overrides: list[str]) -> list[str]:
+    """Those that make a job what it is."""
+    return [word for word in overrides if key_of(word) not in OF_THE_COMMAND]
+
+
+def write_record(folder: Path, config: DictConfig) -> None:
+    """Note a sweep's command in its folder, once."""
+    if (folder / RECORD).exists():
+        return
+    sources = [source.path for source in config.hydra.runtime.config_sources if source.provider == "command-line"]
+    record = {
+        "version": version("mnist-cnn"),
+        "overrides": list(config.hydra.overrides.task),
+        "hydra": list(config.hydra.overrides.hydra),
+        "config_dir": sources[0] if sources else None,
+        "working_folder": config.hydra.runtime.cwd,
+    }
+    write_whole(folder / RECORD, yaml.safe_dump(record, sort_keys=False))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A sweep's command, from its folder.
+
+    Raises:
+        UserError: there is none of mnist-train, or it is one of a version before 0.2.
+    """
+    for file in (RECORD, "multirun.yaml"):
+        try:
+            record = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
+            if file == RECORD and isinstance(record["overrides"], list):
+                return record
+            if record["hydra"]["job"]["config_name"] == "train":  # Hydra's, of a version that wrote none of its own
+                for job in folder.glob("*/config.yaml"):
+                    read_run(job.parent)
+                refuse_old(folder, "0.1.0")
+        except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+            continue
+    raise UserError(f"{folder} is not a sweep's folder: it has no {RECORD} of mnist-train -m")
+
+
+def require_same(folder: Path, config: DictConfig, jobs: list[Job]) -> None:
+    """Raise UserError, with what differs, where the command is not that of the sweep in `folder`."""
+    theirs = job_overrides(read_record(folder)["overrides"])
+    if differing := differences(theirs, job_overrides(list(config.hydra.overrides.task))):
+        raise UserError(
+            f"{folder} is another sweep's folder: it has {differing}; choose another folder, or continue that "
+            f"sweep with: mnist-train -m multirun.resume={folder}"
+        )
+    begun = {path.parent for path in folder.rglob("config.yaml") if path.parent.name != ".hydra"}
+    for job in jobs:
+        place = folder / job.folder
+        if place in begun and (changed := changed_keys(read_run(place)[0], job.settings)):
+            raise UserError(
+                f"{folder} is another sweep's folder: its {job.folder} has another {', another '.join(changed)}; "
+                "choose another"
+            )
+    if foreign := begun - {folder / job.folder for job in jobs}:
+        raise UserError(
+            f"{folder} is another sweep's folder: {min(foreign).name} is no job of this one; choose another"
+        )
+
+
+def differences(theirs: list[str], ours: list[str]) -> str:
+    """`"seed=1, not seed=2; …"`, or nothing where both are the same."""
+    if theirs == ours:
+        return ""
+    was, asked = ({key_of(word): word for word in words} for words in (theirs, ours))
+    keys = [key for key in dict.fromkeys([*was, *asked]) if was.get(key) != asked.get(key)]
+    named = [f"{was.get(key, f'no {key}')}, not {asked.get(key, 'none')}" for key in keys]
+    return "; ".join(named) or f"{' '.join(theirs)}, not {' '.join(ours)}"
+
+
+def changed_keys(stored: Train, settings: Strict) -> list[str]:
+    """What of a job that has begun would not be the same now, as where a YAML was edited."""
+    may_change = {"resume", "plots", "accelerator", "checkpoint", "logger", "fail_fast", "multirun", "data"}
+    was, now = (
+        {key: value for key, value in content.items() if key not in may_change}
+        | {f"data.{key}": value for key, value in content["data"].items() if key != "root"}
+        for content in (stored.model_dump(), settings.model_dump())
+    )
+    # These two are brought by the checkpoint that a run starts from.
+    brought = {"architecture", "data.normalization"} if stored.initialize else set()
+    return [key for key in was if key not in brought and was[key] != now.get(key)]
+
+
+def continued(words: list[str]) -> list[str]:
+    """The command line with `multirun.resume=FOLDER` written out: the sweep's own overrides, in its own folder.
+
+    Raises:
+        UserError: FOLDER is no sweep's.
+    """
+    arguments = hydra_app.parsed(words)
+    ours = {key_of(word): word for word in arguments.overrides}
+    if (resume := ours.pop("multirun.resume", None)) is None:
+        return words
+    named = OverridesParser.create().parse_override(resume).value()
+    if named in (None, ""):
+        raise UserError("multirun.resume is empty: name a sweep's folder")
+    if "hydra.sweep.dir" in ours:
+        raise UserError("multirun.resume names the sweep's folder: leave out hydra.sweep.dir")
+    folder = Path(str(named)).absolute()
+    record = read_record(folder)
+    flags = ["--multirun"]
+    if config_dir := arguments.config_dir or record["config_dir"]:
+        flags += ["--config-dir", str(Path(config_dir).absolute())]
+    if Path(record["working_folder"]).is_dir():
+        os.chdir(record["working_folder"])  # relative paths in the sweep's overrides mean what they meant
+    theirs = {key_of(word): word for word in [*record["overrides"], *record["hydra"]] if key_of(word) != "hydra.mode"}
+    if "hydra/launcher" in ours:  # without the settings of the one before
+        theirs = {key: word for key, word in theirs.items() if not key.startswith("hydra.launcher.")}
+    return [*flags, *{**theirs, **ours, "hydra.sweep.dir": literal("hydra.sweep.dir", str(folder))}.values()]
+
+
+# --- what jobs have done -----------------------------------------------------------------------------------
+
+
+def state(folder: Path) -> str:
+    """What a job has left in its folder: `finished`, `failed`, `interrupted` or `not begun`."""
+    for file, name in (("metrics.json", "finished"), ("error.txt", "failed"), ("config.yaml", "interrupted")):
+        if (folder / file).is_file():
+            return name
+    return "not begun"
+
+
+def failure(folder: Path) -> str:
+    """Why a job failed: the first line of its error.txt, below which a traceback may stand."""
+    error = folder / "error.txt"
+    return error.read_text(encoding="utf-8").partition("\n")[0] if error.is_file() else ""
+
+
+def report_states(sweep: Sweep) -> None:
+    """Of a sweep that is continued: which of its jobs are kept, resumed, run again or run."""
+    states = {job.folder: state(job.folder) for job in sweep.jobs}
+    if set(states.values()) <= {"not begun"}:
+        return
+    done = list(states.values()).count("finished")
+    log.info("continuing %s: %d of %d jobs are done", sweep.folder, done, len(states))
+    verbs = {"finished": "kept", "interrupted": "resumed", "failed": "failed, run again", "not begun": "run"}
+    for folder, name in states.items():
+        log.info("\t%s: %s", folder.relative_to(sweep.folder), verbs[name])
+        (folder / "error.txt").unlink(missing_ok=True)  # its train.log has the reason too
+
+
+def report_end(folder: Path, title: str) -> None:
+    """One line on how a job of another process has ended."""
+    how = state(folder)
+    if how == "failed":
+        log.error("error: %s: %s", title, failure(folder))
+        return
+    if how == "finished":
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        test = f"test accuracy {metrics['test/accuracy']:.2%}, " if metrics.get("test/accuracy") is not None else ""
+        how = f"{test}{metrics['fit_seconds']:.1f} s"
+    log.info("%s: %s", title, how)
 
 
 def conclude(sweep: Sweep) -> list[dict[str, Any]]:
-    """Write and show the table of the jobs that have begun."""
+    """Write results.csv and show it as a table: the jobs that have begun, best first by validation."""
     configure_log(sweep.config.hydra.hydra_logging, sweep.config.hydra.verbose)  # the last job's may still be there
-    sweep.concluded = True
-    words = {job.folder: job.words for job in sweep.jobs}
-    begun = [folder for folder in sweep.folders() if not sweep.jobs or state(folder) != "not begun"]
-    rows = [job_row(folder, _name(sweep, folder), words.get(folder)) for folder in begun]
+    sweep.ended = True
+    rows = []
+    for job in sweep.jobs:
+        if (how := state(job.folder)) == "not begun":
+            continue
+        finished = how == "finished"
+        metrics = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8")) if finished else {}
+        row: dict[str, Any] = {
+            "job": str(job.folder.relative_to(sweep.folder)),
+            "overrides": " ".join(job_overrides(job.overrides)),
+        }
+        row |= {key: metrics.get(key) for key in ("val/accuracy", "test/accuracy", "fit_seconds")}
+        rows.append({**row, "error": "" if finished else failure(job.folder) or how})
     if rows:
-        # Best first by validation; a sweep without validation stays in the order of its jobs.
-        rows.sort(key=lambda row: -(row["val/accuracy"] or 0.0))
+        rows.sort(key=lambda row: -(row["val/accuracy"] or 0.0))  # without validation in the order of the jobs
         write_csv(sweep.folder / "results.csv", rows)
         log.info("%s\n%s", results_table(rows), sweep.folder / "results.csv")
     return rows
 
 
-def ended(sweep: Sweep) -> bool:
-    """The end of a sweep whose jobs have all run: its table, and whether one failed."""
-    rows = conclude(sweep)
-    failed = sum(bool(row["error"]) for row in rows)
-    if failed:
-        log.error("%d of %d jobs failed%s", failed, len(rows), _continue(sweep))
-    return failed > 0
+def results_table(rows: list[dict[str, Any]]) -> str:
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2%}"
+
+    width = max(len("overrides"), *(len(row["overrides"]) for row in rows))
+    lines = [f"{'overrides':<{width}}  validation     test  seconds"]
+    for row in rows:
+        seconds = "–" if row["fit_seconds"] is None else f"{row['fit_seconds']:.1f}"
+        figures = f"{percent(row['val/accuracy']):>10} {percent(row['test/accuracy']):>8} {seconds:>8}"
+        note = {"": "", "interrupted": "  interrupted"}.get(row["error"], f"  failed: {row['error']}")
+        lines.append(f"{row['overrides']:<{width}}  {figures}{note}")
+    return "\n".join(lines)
 
 
-def stopped(sweep: Sweep) -> None:
-    """The end of a sweep that was stopped: its table, which jobs are done, and which were not begun."""
+def report_stop(sweep: Sweep) -> None:
+    """The end of a sweep that broke off: its table, which jobs are done, and which were not begun."""
     rows = conclude(sweep)
-    done = [_name(sweep, folder) for folder in sweep.folders() if state(folder) == "finished"]
-    begun = {row["job"] for row in rows}
-    left = [" ".join(settings_of(job.words)) for job in sweep.jobs if _name(sweep, job.folder) not in begun]
+    done = [row["job"] for row in rows if not row["error"]]
+    waiting = [" ".join(job_overrides(job.overrides)) for job in sweep.jobs if state(job.folder) == "not begun"]
+    failed = any(state(job.folder) == "failed" for job in sweep.jobs)
     log.error(
         "the sweep was stopped%s: %d of %d jobs are done%s; not begun: %s%s",
-        ", as fail_fast=true" if sweep.stopped_by_failure else "",
+        ", as fail_fast=true" if sweep.config.get("fail_fast") and failed else "",
         len(done),
-        len(sweep.jobs) or len(rows),
+        len(sweep.jobs),
         f" ({', '.join(done)})" if done else "",
-        " | ".join(left) or "none",
-        _continue(sweep),
+        " | ".join(waiting) or "none",
+        continue_line(sweep),
     )
 
 
-def _continue(sweep: Sweep) -> str:
-    word = shlex.quote(f"multirun.resume={sweep.folder.absolute()}")
-    return f"; continue with: mnist-train -m {word}" if sweep.jobs else ""
-
-
-def _name(sweep: Sweep, folder: Path) -> str:
-    return str(folder.relative_to(sweep.folder))
+def continue_line(sweep: Sweep) -> str:
+    return f"; continue with: mnist-train -m {shlex.quote(f'multirun.resume={sweep.folder.absolute()}')}"
