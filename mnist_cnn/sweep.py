@@ -7,54 +7,40 @@ import json
 import logging
 import os
 import signal
+import socket
 import statistics
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mnist_cnn.config.parameters import Sweep
 from mnist_cnn.config.schema import RunError, UserError, validated
-from mnist_cnn.config.settings import CONF
+from mnist_cnn.config.settings import CONF, SweepSettings, without_password
 from mnist_cnn.runs.folder import refuse_occupied, write_whole
-from mnist_cnn.runs.hydra_app import plain, refuse, run_command
-from mnist_cnn.runs.jobs import guarded
-from mnist_cnn.search.space import OWN, Space, compose, key_of, study_name
+from mnist_cnn.runs.hydra_app import guarded, plain, refuse, run_command
+from mnist_cnn.runs.multirun import threads_of_job, visible_gpus
+from mnist_cnn.search.space import Space, compose, override_key, study_name, training_overrides
 
 if TYPE_CHECKING:
-    from mnist_cnn.search.study import SharedStudy
-    from mnist_cnn.training.fit import Metrics
+    from mnist_cnn.search.study import SharedStudy, Stop
 
 log = logging.getLogger("mnist-sweep")
 
-STUDY = "study.yaml"
+PARENT = "MNIST_CNN_SWEEP"  # in the environment of a local worker: the process that began it
 SEEDS = 5  # of the best trial, trained again
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="sweep")
 def job(config: DictConfig) -> Any:
-    def work() -> Any:
-        settings = validated(Sweep, plain(config))
-        for package in ("optuna", "plotly"):
-            if not importlib.util.find_spec(package):
-                raise UserError(f"mnist-sweep needs the package {package}: pip install 'mnist-cnn[sweep]'")
-        from mnist_cnn.search.storage import StorageError, reason_of
-
-        overrides = list(HydraConfig.get().overrides.task)
-        try:
-            if settings.report:
-                return conclude(existing(settings, Path(settings.report)))
-            if settings.retrain:
-                return retrain(existing(settings, Path(settings.retrain)), overrides)
-            return search(settings, overrides, HydraConfig.get().runtime.choices["sweep"])
-        except StorageError as error:
-            raise RunError(f"the storage does not answer: {reason_of(error)}; the same command continues") from None
-
-    return guarded(work, Path())
+    return guarded(lambda: work(validated(SweepSettings, plain(config))), Path())
 
 
 def main() -> None:
@@ -63,96 +49,215 @@ def main() -> None:
     run_command(job, "sweep")
 
 
+def work(settings: SweepSettings) -> None:
+    for name in ("optuna", "plotly"):
+        if not importlib.util.find_spec(name):
+            raise UserError(f"mnist-sweep needs the package {name}: pip install 'mnist-cnn[sweep]'")
+    from mnist_cnn.search.study import reason_of, storage_error
+
+    try:
+        if settings.report:
+            conclude(existing(settings, Path(settings.report)))
+        elif settings.retrain:
+            retrain(existing(settings, Path(settings.retrain)), list(HydraConfig.get().overrides.task))
+        else:
+            search(settings)
+    except Exception as error:
+        found = storage_error(error)
+        if found is None:
+            raise
+        place = f" {without_password(settings.storage)}" if settings.storage else ""
+        raise RunError(f"the storage{place} does not answer: {reason_of(found)}; the same command continues") from None
+
+
 # --- a search ------------------------------------------------------------------------------------------------
 
 
-def search(settings: Sweep, overrides: list[str], sweep: str) -> None:
+def search(settings: SweepSettings) -> None:
     """Run the study's trials that are left, and leave its report."""
+    overrides, sweep = list(HydraConfig.get().overrides.task), HydraConfig.get().runtime.choices["sweep"]
     try:
         space = Space(settings, overrides)
+        total = int(min(settings.trials, space.size(settings.sampler)))
     except UserError as error:
         raise UserError(f"sweep={sweep}: {error}") from None
     name = settings.study or study_name(sweep, overrides)
 
-    from mnist_cnn.search.crew import Crew
     from mnist_cnn.search.report import Progress
-    from mnist_cnn.search.storage import patiently, shown
-    from mnist_cnn.search.trials import PARENT, Worker, stopped_by_signals
+    from mnist_cnn.search.study import Worker
 
     with stopped_by_signals() as stop:
         if PARENT in os.environ:  # a local worker: the command that began it says what there is to say
-            address = shown(settings.storage or "")
-            shared = patiently(lambda: joined(settings, space, name), stop, address)
-            Worker(shared, space, settings, stop, lambda _: None).run()
+            end_with_parent(int(os.environ[PARENT]))
+            check_machine(settings)
+            Worker(open_study(settings, space, name), space, total, stop, lambda: None).run()
         else:
-            shared = joined(settings, space, name)
-            with Progress(shared, settings.trials) as progress:
-                if settings.workers > 1:
-                    Crew(shared, settings, stop, progress).run()
-                else:
-                    Worker(shared, space, settings, stop, progress.look).run()
+            shared = open_study(settings, space, name)
+            progress = Progress(shared, total)
+            shared.fill(total)
+            if len(progress.told) >= total:
+                pass
+            elif settings.workers > 1:
+                run_workers(settings, shared.folder, stop, progress.look)
+            else:
+                check_machine(settings)
+                Worker(shared, space, total, stop, progress.look).run()
+            progress.look()
             if stop.is_set():
-                sent = signal.Signals(stop.signum).name
-                log.error("stopped by %s: %s; the same command continues", sent, progress.state())
+                name = signal.Signals(stop.signum).name
+                log.error("stopped by %s: %s; the same command continues", name, progress.state())
+            elif len(progress.told) < total:
+                raise RunError(f"{progress.state()}; the same command continues")
     if stop.is_set():
         raise SystemExit(128 + stop.signum)
     if PARENT not in os.environ:
-        shared.storage.patiently(lambda: conclude(shared), stop)
+        conclude(shared)
 
 
-def joined(settings: Sweep, space: Space, name: str) -> SharedStudy:
+@contextmanager
+def stopped_by_signals() -> Iterator[Stop]:
+    """SIGINT and SIGTERM set the event; a heartbeat that the storage does not take prints no traceback."""
+    from mnist_cnn.search.study import Stop
+
+    stop, hook = Stop(), threading.excepthook
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    threading.excepthook = lambda _: None  # the trial's next report meets the same storage
+    try:
+        yield stop
+    finally:
+        threading.excepthook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def open_study(settings: SweepSettings, space: Space, name: str) -> SharedStudy:
     """The study of that name, begun where there is none yet.
 
     Raises:
         UserError: the folder is another's, the storage is not reached, or its study of that name is another.
     """
-    from mnist_cnn.search.study import SharedStudy
+    from mnist_cnn.search.study import STUDY, SharedStudy, read_study_file
 
     folder = Path(settings.folder or Path("outputs", "sweep", name))
     refuse_occupied(folder)
-    if (folder / STUDY).is_file() and (other := described(folder)["study"]) != name:
+    if (folder / STUDY).is_file() and (other := read_study_file(folder)["study"]) != name:
         raise UserError(f"{folder} is the folder of the study {other}: choose another")
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        shared = SharedStudy(settings, name, folder)
+        shared = SharedStudy(settings, name, folder, config_dir())
     except UserError:
         if new and not any(folder.iterdir()):
             folder.rmdir()
         raise
-    shared.agree(space, settings)
-    describe(folder, name, settings)
+    shared.require_same(space, settings)
+    shared.write_study_file()
     return shared
+
+
+def config_dir() -> str | None:
+    """The folder that the user's --config-dir names."""
+    for source in HydraConfig.get().runtime.config_sources:
+        if source.provider == "command-line":
+            return str(Path(source.path).absolute())
+    return None
+
+
+def check_machine(settings: SweepSettings) -> None:
+    """Have a machine without the data or the device refuse the study, and not fail each of its trials."""
+    from mnist_cnn.data.datasets import load
+    from mnist_cnn.models.convnet import find_device
+    from mnist_cnn.training.fit import check_precision
+
+    check_precision(settings.accelerator.precision, find_device(settings.accelerator.name))
+    load(settings.data.name, settings.data.root)
+
+
+# --- local workers -------------------------------------------------------------------------------------------
+
+
+def run_workers(settings: SweepSettings, folder: Path, stop: Stop, look: Callable[[], None]) -> None:
+    """Local processes of the same command with `workers=1`, their part of the threads, and one GPU each.
+
+    Args:
+        settings: of the command.
+        folder: of the study; a worker's own messages go to workers/ there.
+        stop: ends the workers, each with its trial saved and given back.
+        look: called now and then: there may be something to tell.
+
+    Raises:
+        UserError: a worker refused the settings.
+        RunError: a worker failed.
+    """
+    words = [word for word in sys.argv[1:] if override_key(word) != "workers"] + ["workers=1"]
+    threads = settings.accelerator.threads or threads_of_job(settings.workers)
+    if settings.accelerator.threads is None:  # part of each trial: the bits of its weights depend on it
+        words.append(f"accelerator.threads={threads}")
+    environment = {**os.environ, PARENT: str(os.getpid())}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    gpus = [] if settings.accelerator.name == "cpu" else visible_gpus()
+    (folder / "workers").mkdir(exist_ok=True)
+    processes: dict[int, tuple[subprocess.Popen[bytes], Path]] = {}
+    for number in range(1, settings.workers + 1):
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
+        messages = folder / "workers" / f"{socket.gethostname()}_{number}.log"
+        command = [sys.executable, "-P", "-m", "mnist_cnn.sweep", *words]
+        with messages.open("ab") as file:
+            # In a group of its own: a terminal's Ctrl-C comes here alone, and each worker hears of it once.
+            process = subprocess.Popen(command, env=dict(environment), stdout=file, stderr=file, process_group=0)
+        processes[number] = process, messages
+    told, failure = False, None
+    while processes:
+        time.sleep(0.3)
+        if (stop.is_set() or failure) and not told:
+            told = True
+            for process, _ in processes.values():
+                process.send_signal(stop.signum or signal.SIGTERM)
+        for number, (process, messages) in list(processes.items()):
+            if (status := process.poll()) is None:
+                continue
+            del processes[number]
+            if status < 0:
+                log.warning("worker %d was ended by %s", number, signal.Signals(-status).name)
+            elif status and not told:
+                failure = last_error(messages, status)
+        look()
+    if failure:
+        raise failure
+
+
+def last_error(messages: Path, status: int) -> UserError | RunError:
+    """What a worker ended with."""
+    lines = messages.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    reason = lines[-1].removeprefix("error: ") if lines else f"a worker ended with status {status}"
+    return UserError(reason) if status == 2 else RunError(reason)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have this worker save and end where the command that began it was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # --- a study that is there -----------------------------------------------------------------------------------
 
 
-def describe(folder: Path, name: str, settings: Sweep) -> None:
-    """Write what finds the study again; a password stays out of it."""
-    from mnist_cnn.search.storage import without_password
-
-    storage = without_password(settings.storage) if settings.storage else None
-    about = {"study": name, "metric": settings.metric, "storage": storage, "retries": settings.retries}
-    write_whole(folder / STUDY, yaml.safe_dump(about, sort_keys=False))
-
-
-def described(folder: Path) -> dict[str, Any]:
-    try:
-        about = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))
-        return {key: about[key] for key in ("study", "metric", "storage", "retries")}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
-        raise UserError(f"{folder} is not a study's folder: it has no {STUDY} of mnist-sweep") from None
-
-
-def existing(settings: Sweep, folder: Path) -> SharedStudy:
+def existing(settings: SweepSettings, folder: Path) -> SharedStudy:
     """The study of a folder; `storage=` again where its address needs a password."""
-    from mnist_cnn.search.study import SharedStudy
+    from mnist_cnn.search.study import SharedStudy, read_study_file
 
-    about = described(folder)
+    about = read_study_file(folder)
     storage = settings.storage or about["storage"]
     update = {"metric": about["metric"], "retries": about["retries"], "storage": storage}
-    return SharedStudy(settings.model_copy(update=update), about["study"], folder, begin=False)
+    own = config_dir() or about["config_dir"]
+    return SharedStudy(settings.model_copy(update=update), about["study"], folder, own, begin=False)
 
 
 def conclude(shared: SharedStudy) -> None:
@@ -161,79 +266,61 @@ def conclude(shared: SharedStudy) -> None:
     Raises:
         RunError: no trial is complete.
     """
-    from mnist_cnn.search.report import parameters, state, write_report
+    from mnist_cnn.search.report import figure, parameters, reason, state, write_report
 
-    best, now = write_report(shared), shared.tally()
-    log.info("%s", state(shared, now, now.begun))
+    best, finished = write_report(shared), shared.finished()
     if best is None:
-        why = f"; such as {now.failed[0].user_attrs.get('error', 'killed')}" if now.failed else ""
+        why = next((f"; such as {reason(trial)}" for trial in finished if reason(trial)), "")
         raise RunError(f"no trial of {shared.folder} is complete{why}")
-    log.info("best: %s", parameters(best))
+    counts = shared.counts()
+    log.info("%s", state(shared, counts.total() - counts["again"] - counts["surplus"]))
     log.info("mnist-train --config-dir %s experiment=best", shared.folder)
+    log.info("best: trial %d  %s  %s", best.number, figure(shared, best.values[0]), parameters(best))
     log.info("%s", shared.folder)
 
 
 def retrain(shared: SharedStudy, overrides: list[str]) -> None:
     """Train the best trial on its own seed and the four after it, each scored on the test set; mean ± sd."""
-    from mnist_cnn.search.report import best_of, figure
+    from mnist_cnn.search.report import figure
 
-    best = best_of(shared, shared.tally())
+    best = shared.best()
     if best is None:
         raise UserError(f"no trial of {shared.folder} is complete yet: nothing to train again")
-    words = [word for word in best.user_attrs["overrides"] if key_of(word) not in ("seed", "test")]
-    words += [word for word in overrides if key_of(word).split(".")[0] not in OWN]
-    first = compose(best.user_attrs["overrides"])[0].seed
-    log.info(
-        "trial %d, %s %s, on seeds %d to %d",
-        best.number,
-        shared.metric,
-        figure(shared, best.values[0]),
-        first,
-        first + SEEDS - 1,
-    )
-    runs = {seed: retrained(shared, [*words, f"seed={seed}"], seed) for seed in range(first, first + SEEDS)}
+    words = [word for word in best.user_attrs["overrides"] if override_key(word) not in ("seed", "test")]
+    words += training_overrides(overrides)
+    first = compose(best.user_attrs["overrides"], config_dir=shared.config_dir)[0].seed
+    last, value = first + SEEDS - 1, figure(shared, best.values[0])
+    log.info("trial %d, %s %s, on seeds %d to %d", best.number, shared.metric, value, first, last)
+    runs = {seed: retrained(shared, [*words, f"seed={seed}"], seed) for seed in range(first, last + 1)}
     again = runs[first][shared.metric] == best.values[0]
-    log.info(
-        "seed %d gives the trial's own figure%s",
-        first,
-        " again" if again else " not: other overrides, threads or machine",
-    )
+    how = "again" if again else "not: other overrides, threads or machine"
+    log.info("seed %d gives the trial's own figure %s", first, how)
     accuracies = [run["test/accuracy"] or 0.0 for run in runs.values()]
-    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
-    record = {
-        "trial": best.number,
-        "again": again,
-        "test/accuracy mean": mean,
-        "test/accuracy sd": deviation,
-        "runs": runs,
-    }
+    mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
+    record = {"trial": best.number, "again": again, "test/accuracy mean": mean, "test/accuracy sd": std, "runs": runs}
     write_whole(shared.folder / "retrain.json", json.dumps(record, indent=1) + "\n")
-    log.info("test accuracy %.2f ± %.2f %% (mean ± sd of %d seeds)", 100 * mean, 100 * deviation, SEEDS)
+    log.info("test accuracy %.2f ± %.2f %% (mean ± sd of %d seeds)", 100 * mean, 100 * std, SEEDS)
     log.info("%s", shared.folder / "retrain.json")
 
 
-def retrained(shared: SharedStudy, overrides: list[str], seed: int) -> Metrics:
-    """A run in the study's folder, which a later call finds done or continues."""
-    from mnist_cnn.search.trials import logged
+def retrained(shared: SharedStudy, overrides: list[str], seed: int) -> dict[str, Any]:
+    """The metrics of a run in the study's folder, which a later call finds done or continues."""
+    from mnist_cnn.search.study import trial_log
     from mnist_cnn.training.fit import fit
 
     folder = shared.folder / "retrain" / f"seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    settings, choices = compose(overrides, folder)
+    settings, choices = compose(overrides, folder, shared.config_dir)
     if (folder / "config.yaml").is_file():
         settings = settings.model_copy(update={"resume": str(folder)})
     try:
-        with logged(folder):
-            metrics = fit(settings, folder, overrides, choices)
+        with trial_log(folder):
+            metrics = fit(settings, folder, overrides, choices, silent=True)
     except SystemExit:
         log.error("stopped at seed %d; the same command continues", seed)
         raise
-    log.info(
-        "seed %d  validation %.2f%%  test %.2f%%",
-        seed,
-        100 * (metrics["val/accuracy"] or 0),
-        100 * (metrics["test/accuracy"] or 0),
-    )
+    parts = {part: 100 * (metrics[f"{part}/accuracy"] or 0) for part in ("val", "test")}
+    log.info("seed %d  validation %.2f%%  test %.2f%%", seed, parts["val"], parts["test"])
     return metrics
 
 

@@ -1,7 +1,8 @@
-"""A search space: from the words of Optuna's distributions to overrides of mnist-train. Imports no torch."""
+"""A search space: from a YAML in the words of Optuna's distributions to overrides of mnist-train. Imports no torch."""
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -11,40 +12,49 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import OmegaConf
 
-from mnist_cnn.config.parameters import Categorical, Float, Int, Sweep
 from mnist_cnn.config.schema import UserError, nearest, validated
-from mnist_cnn.config.settings import Train
-from mnist_cnn.runs.hydra_app import in_one_line
-from mnist_cnn.runs.jobs import plain_job
+from mnist_cnn.config.settings import Choices, FloatRange, IntRange, SweepSettings, Train
+from mnist_cnn.runs.hydra_app import in_one_line, literal, plain_job
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+    from optuna.trial import Trial
 
 NOT_SEARCHED = ("test", "resume", "plots", "checkpoint", "logger")
+SWEEP_KEYS = set(SweepSettings.model_fields) - set(Train.model_fields)
 
 
-OWN = set(Sweep.model_fields) - set(Train.model_fields)
-
-
-def key_of(override: str) -> str:
+def override_key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
-def for_training(overrides: list[str]) -> list[str]:
-    """Those of a command's overrides that are mnist-train's, and what sets a trial apart from a plain run."""
-    given = [word for word in overrides if key_of(word).split(".")[0] not in OWN]
-    quiet = [] if any(key_of(word) == "plots" for word in given) else ["plots=false"]
-    return [*(word for word in given if key_of(word) != "test"), *quiet, "test=false"]
+def training_overrides(overrides: list[str]) -> list[str]:
+    """Those of mnist-sweep's overrides that are mnist-train's."""
+    return [word for word in overrides if override_key(word).split(".")[0] not in SWEEP_KEYS]
 
 
-def compose(overrides: list[str], folder: Path = Path()) -> tuple[Train, dict[str, Any]]:
+def trial_overrides(overrides: list[str]) -> list[str]:
+    """The same for a trial, which draws no pictures unless told to, and never looks at the test set."""
+    given = [word for word in training_overrides(overrides) if override_key(word) != "test"]
+    quiet = [] if any(override_key(word) == "plots" for word in given) else ["plots=false"]
+    return [*given, *quiet, "test=false"]
+
+
+def with_config_dir(overrides: list[str], config_dir: str | None) -> list[str]:
+    """The overrides for a command that was not given the --config-dir which their options come from."""
+    if config_dir is None:
+        return overrides
+    return [*overrides, f"hydra.searchpath=[{literal('', f'file://{config_dir}')[1:]}]"]
+
+
+def compose(overrides: list[str], folder: Path = Path(), config_dir: str | None = None) -> tuple[Train, dict[str, Any]]:
     """mnist-train's configuration with these overrides, validated, and the options of its groups.
 
     Raises:
         UserError: it is none that mnist-train would take.
     """
     try:
-        config = hydra.compose("train", overrides, return_hydra_config=True)
+        config = hydra.compose("train", with_config_dir(overrides, config_dir), return_hydra_config=True)
         return validated(Train, plain_job(config, folder)), dict(config.hydra.runtime.choices)
     except UserError:
         raise
@@ -82,7 +92,7 @@ def _expanded(key: str, config: Any) -> Iterator[str]:
 
 
 class Space:
-    """What a sweep searches.
+    """What a study searches.
 
     Args:
         settings: of the command.
@@ -96,23 +106,23 @@ class Space:
         UserError: a key is unknown, a range is none, or mnist-train would refuse a value.
     """
 
-    def __init__(self, settings: Sweep, overrides: list[str]) -> None:
+    def __init__(self, settings: SweepSettings, overrides: list[str]) -> None:
         assert settings.sweep is not None
         config = settings.model_dump(include=set(Train.model_fields))
         self.distributions: dict[str, BaseDistribution] = {}
         for key, parameter in settings.sweep.items():
             self._check_key(key, settings.sweep)
             for name in _expanded(key, config):
-                if name in map(key_of, overrides):
+                if name in map(override_key, overrides):
                     raise UserError(f"{name} is searched: leave it out of the command, or out of the space")
                 self.distributions[name] = distribution(name, parameter)
         if not self.distributions:
             raise UserError(f"nothing to search: the network has no part that {', '.join(settings.sweep)} names")
-        self.fixed = for_training(overrides)
+        self.fixed = trial_overrides(overrides)
         if any(key.startswith("architecture.dense.") for key in self.distributions):
             # A dense layer may stand as a number of units: only as a mapping has it parts that can be set.
             self.fixed.append(override("architecture.dense", config["architecture"]["dense"]))
-        self._try_out()
+        self._check_values()
 
     @staticmethod
     def _check_key(key: str, keys: dict[str, Any]) -> None:
@@ -129,34 +139,64 @@ class Space:
         """What mnist-train takes to run a trial with these."""
         return [*self.fixed, *(override(key, value) for key, value in parameters.items())]
 
-    def _try_out(self) -> None:
+    def _check_values(self) -> None:
         """Compose each choice, and all numbers at both their ends."""
         ends: list[dict[str, Any]] = [{}, {}]
-        trials: list[dict[str, Any]] = []
+        others: list[dict[str, Any]] = []
         for key, found in self.distributions.items():
             choices = getattr(found, "choices", None)
             for end, value in zip(ends, (choices[0],) * 2 if choices else (found.low, found.high), strict=True):  # type: ignore[attr-defined]
                 end[key] = value
-            trials += [{key: choice} for choice in (choices or ())[1:]]
-        for chosen in (*ends, *({**ends[0], **trial} for trial in trials)):
+            others += [{key: choice} for choice in (choices or ())[1:]]
+        for chosen in (*ends, *({**ends[0], **other} for other in others)):
             if not compose(self.overrides(chosen))[0].data.validation:
                 raise UserError("data.validation=0: a search needs digits held out; give data.validation=0.1")
 
+    def suggest(self, trial: Trial) -> dict[str, Any]:
+        """A trial's parameters, by Optuna's sampler; those that it has already stay."""
+        for name, found in self.distributions.items():
+            settings = dict(vars(found))
+            if choices := settings.get("choices"):
+                trial.suggest_categorical(name, choices)
+            else:
+                suggest = trial.suggest_int if isinstance(found.low, int) else trial.suggest_float  # type: ignore[attr-defined]
+                suggest(name, **settings)
+        return trial.params
 
-def distribution(key: str, parameter: Float | Int | Categorical) -> BaseDistribution:
+    def size(self, sampler: dict[str, Any]) -> float:
+        """How many different trials there are for a sampler that tries each once; infinite for the others."""
+        kind = str(sampler.get("_target_")).rpartition(".")[2]
+        if kind == "GridSampler":
+            return math.prod(len(values) for values in sampler.get("search_space", {}).values())
+        if kind != "BruteForceSampler":
+            return math.inf
+        sizes = []
+        for name, found in self.distributions.items():
+            span: Any = found
+            if not hasattr(span, "choices") and span.step is None:
+                raise UserError(
+                    f"{name}: BruteForceSampler needs a step, as in {{type: float, low: 0, high: 1, step: 0.1}}"
+                )
+            sizes.append(
+                len(span.choices) if hasattr(span, "choices") else round((span.high - span.low) / span.step) + 1
+            )
+        return math.prod(sizes)
+
+
+def distribution(key: str, parameter: FloatRange | IntRange | Choices) -> BaseDistribution:
     """Optuna's own, with its own word for a range that is none."""
     from optuna import distributions
 
     settings = parameter.model_dump(exclude={"type"})
-    if isinstance(parameter, Categorical):
+    if isinstance(parameter, Choices):
         plain = [
             each if isinstance(each, bool | int | float | str | None) else text(each) for each in parameter.choices
         ]
         return distributions.CategoricalDistribution(plain)
-    kind = distributions.FloatDistribution if isinstance(parameter, Float) else distributions.IntDistribution
+    kind = distributions.FloatDistribution if isinstance(parameter, FloatRange) else distributions.IntDistribution
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a range that its step does not divide would end elsewhere
+            warnings.simplefilter("error")  # a range that its step does not divide would end lower
             return kind(**settings)
     except (ValueError, UserWarning) as error:
         raise UserError(f"{key}: {error}".replace("`", "")) from None
@@ -169,5 +209,5 @@ def of_the_machine(key: str) -> bool:
 
 def study_name(sweep: str, overrides: list[str]) -> str:
     """The sweep's own name, then the overrides that make another study of it."""
-    changing = sorted(word for word in for_training(overrides) if not of_the_machine(key_of(word)))
+    changing = sorted(word for word in trial_overrides(overrides) if not of_the_machine(override_key(word)))
     return re.sub(r"[^\w.+-]+", "-", "_".join([sweep, *changing])).strip("-")[:180]
