@@ -1,7 +1,9 @@
 """What the tests share: the shipped configurations, real MNIST where it is, and commands run as a user does."""
 
+import csv
 import fcntl
 import importlib
+import json
 import os
 import pickle
 import pty
@@ -12,7 +14,6 @@ import sys
 import termios
 import time
 from contextlib import suppress
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,12 @@ ARCHITECTURES = {
     "conv32_64_64": 93_322,
     "mlp": 407_050,
 }
+QUICK = ("data=digits", "epochs=1", "plots=false", "architecture=conv10")
+NETWORK = (  # small, with dropout, whose random numbers are part of what must continue
+    "architecture.blocks=[{filters:4,kernel:5,pool:4,dropout:0.25}]",
+    "architecture.dense=[{units:16,dropout:0.5}]",
+)
+STEPS = 21  # of an epoch of scikit-learn's digits: 1,293 in batches of 64
 PATIENCE = 300  # seconds, after which a process hangs: machines stall, and a test that passes never waits so long
 
 
@@ -72,6 +79,16 @@ class Ended(NamedTuple):
     def folder(self) -> Path:
         """The run's folder, which a command names last."""
         return Path(self.out.strip().splitlines()[-1])
+
+
+def said(ended: Ended, *words: str, status: int = 2) -> None:
+    """The command ended with this status and one clear line on stderr that has these words."""
+    assert ended.status == status, ended
+    assert "Traceback" not in ended.err + ended.out
+    assert len(ended.err.strip().splitlines()) == 1, ended.err
+    assert ended.err.startswith("error: ")
+    for word in words:
+        assert word in ended.err
 
 
 def typed(patch: pytest.MonkeyPatch, name: str, *words: str) -> int:
@@ -121,10 +138,54 @@ def signalled(monkeypatch):
     return use
 
 
+# --- what runs have written -----------------------------------------------------------------------------------
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def weights(checkpoint: Path) -> dict:
+    """Those of a .ckpt file, or of a run's best."""
+    from mnist_cnn.models.checkpoint import read_checkpoint
+
+    return read_checkpoint(checkpoint)[0]["state_dict"]
+
+
+def same(first: dict, second: dict) -> bool:
+    """The same names, and the same bits under each."""
+    return first.keys() == second.keys() and all(value.equal(second[name]) for name, value in first.items())
+
+
+def untimed(value):
+    """Without any seconds, and tensors as their bytes."""
+    if isinstance(value, dict):
+        return {key: untimed(each) for key, each in value.items() if not str(key).endswith("seconds")}
+    if isinstance(value, list | tuple):
+        return [untimed(each) for each in value]
+    return value if not hasattr(value, "numpy") else (str(value.dtype), tuple(value.shape), value.numpy().tobytes())
+
+
+def difference(one, other, where: str = "") -> str:
+    """Where two nested values first differ, or nothing."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return next((found for key in one if (found := difference(one[key], other[key], f"{where}/{key}"))), "")
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return next((found for i, (a, b) in pairs if (found := difference(a, b, f"{where}/{i}"))), "")
+    return "" if one == other else f"{where}: {one!s:.80} and {other!s:.80}"
+
+
 def equal(first: Path, second: Path) -> None:
-    """The same bits: weights, optimizer, schedule, random states, bookkeeping, metrics.csv and metrics.json."""
-    chaos = SourceFileLoader("chaos", str(REPOSITORY / "scripts" / "chaos")).load_module()
-    assert chaos.first_difference(chaos.result(first), chaos.result(second)) == ""
+    """The same bits: weights, optimizer, schedule, bookkeeping of both checkpoints, metrics.csv and metrics.json."""
+    import torch
+
+    def result(folder: Path):
+        kept = {name: torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("best", "last")}
+        rows = list(csv.DictReader((folder / "metrics.csv").open()))
+        return untimed({**kept, "metrics.csv": rows, "metrics.json": metrics(folder)})
+
+    assert difference(result(first), result(second)) == ""
 
 
 # --- processes of their own ----------------------------------------------------------------------------------

@@ -1,12 +1,31 @@
-"""Splits, normalisation, whole batches, the order of an epoch."""
+"""The digits: splits, normalisation, batches and their order, warped digits, and files that mirrors may not give."""
 
+import gzip
+import hashlib
+import http.server
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import struct
+import threading
+import time
+
+import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import REPOSITORY
+from conftest import PATIENCE, REPOSITORY, metrics
+from torch.nn import functional as F
 
+from mnist_cnn import MNISTDataModule, load_classifier
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.data.datamodule import MNISTDataModule
+from mnist_cnn.config.settings import Augmentation
+from mnist_cnn.data import augmentation, datasets
+from mnist_cnn.data.augmentation import Affine, warped
+from mnist_cnn.data.datamodule import DigitLoader
+from mnist_cnn.data.datasets import Digits, load
 
 
 def ready(**settings):
@@ -33,7 +52,7 @@ def test_digits_are_scikit_learns_in_mnists_form():
 
 @pytest.mark.parametrize(("validation", "count"), [(0, 0), (0.0, 0), (0.1, 144), (100, 100), (0.5, 719)])
 def test_validation_is_the_last_training_digits(validation, count):
-    """Keras: floor of the training share, the last ones, before any shuffling."""
+    """Keras: floor of the training fraction, the last ones, before any shuffling."""
     whole, data = ready(validation=0).train, ready(validation=validation)
     assert len(data.validation.labels) == count
     cut = 1437 - count
@@ -60,10 +79,10 @@ def test_a_validation_part_that_cannot_be_is_refused(settings):
 def test_standard_normalisation_is_of_the_training_part():
     data = ready(normalization="standard", validation=437)
     pixels = data.train.images.double()
-    normalised = (pixels - data.mean) / data.standard_deviation
+    normalised = (pixels - data.mean) / data.std
     assert abs(normalised.mean()) < 1e-9
     assert abs(normalised.std(correction=0) - 1) < 1e-9
-    assert (ready().mean, ready().standard_deviation) == (0.0, 255.0)
+    assert (ready().mean, ready().std) == (0.0, 255.0)
 
 
 def test_batches_are_whole_and_the_last_short_one_is_kept():
@@ -81,16 +100,58 @@ def test_batches_are_whole_and_the_last_short_one_is_kept():
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    def order(seed, epoch, position=0):
-        data = ready(seed=seed)  # of batches of 64
-        data.resumed = (epoch, position)
+    class Epoch:
+        """What the data module asks of its trainer."""
+
+        overfit_batches, global_rank, world_size = 0, 0, 1
+
+        def __init__(self, number):
+            self.current_epoch = number
+            self.strategy = self
+            self.root_device = torch.device("cpu")
+
+    def order(seed, epoch):
+        data = ready(seed=seed)
+        data.trainer = Epoch(epoch)
         torch.manual_seed(torch.seed())
         return torch.cat([labels for _, labels in data.train_dataloader()])
 
     assert torch.equal(order(1, 0), order(1, 0))
-    assert torch.equal(order(1, 3)[5 * 64 :], order(1, 3, position=5))
+    assert torch.equal(order(1, 3), order(1, 3))
     assert not torch.equal(order(1, 0), order(1, 1))
     assert not torch.equal(order(1, 0), order(2, 0))
+
+
+def test_a_loader_goes_on_where_another_was():
+    """Within an epoch, at its end, and with the order of the epoch after it."""
+    numbered = Digits(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10))
+    loader = DigitLoader(numbered, 3, lambda: torch.arange(9, -1, -1))
+    assert len(loader) == 4
+    batches = iter(loader)
+    assert [next(batches)[1].tolist() for _ in range(2)] == [[9, 8, 7], [6, 5, 4]]
+    assert loader.state_dict() == {"position": 2}
+    again = DigitLoader(numbered, 3, lambda: torch.arange(9, -1, -1))
+    again.load_state_dict(loader.state_dict())
+    assert [labels.tolist() for _, labels in again] == [[3, 2, 1], [0]]
+    assert again.state_dict() == {"position": 4}
+    assert len(list(again)) == 4  # the next epoch has all again
+    ended = DigitLoader(numbered, 3)
+    ended.load_state_dict(again.state_dict())
+    assert next(iter(ended))[1].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize(("count", "size"), [(1293, 64), (65, 64), (64, 64), (7, 16), (1, 1)])
+def test_ranks_take_each_digit_once_in_as_many_batches(ranks, count, size):
+    """A rank that has none of a short batch takes one with weight 0; the weights make a mean over ranks the batch's."""
+    numbered = Digits(torch.zeros(count, 1, 28, 28, dtype=torch.uint8), torch.arange(count))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    loaders = [list(DigitLoader(numbered, size, lambda: order, rank, ranks)) for rank in range(ranks)]
+    for parts, whole in zip(zip(*loaders, strict=True), order.split(size), strict=True):
+        assert torch.cat([labels for _, labels, weight in parts if weight]).equal(whole)
+        assert all(len(labels) >= 1 for _, labels, _ in parts)
+        means = sum(weight * labels.double().mean() for _, labels, weight in parts) / ranks
+        assert means.item() == pytest.approx(whole.double().mean().item())
 
 
 def test_real_mnist(mnist_root):
@@ -106,3 +167,312 @@ def test_real_mnist(mnist_root):
 
 def test_no_mnist_is_in_the_repository():
     assert not list(REPOSITORY.glob("[!.]*/**/*idx3-ubyte*"))
+
+
+def test_a_file_that_changes_is_read_again(mnist_root, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in (mnist_root / "MNIST" / "raw").glob("*-ubyte"):
+        (raw / file.name).write_bytes(file.read_bytes())
+    first = load("mnist", tmp_path)
+    assert load("mnist", tmp_path)[0].images is first[0].images
+    labels = raw / "t10k-labels-idx1-ubyte"
+    os.utime(labels, (1, 1))
+    again = load("mnist", tmp_path)
+    assert again[0].images is not first[0].images
+    assert torch.equal(again[1].labels, first[1].labels)
+
+
+# --- warped digits - ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """uint8 (20, 1, 28, 28) with a margin, so that small movements keep all ink."""
+    return F.pad(load("digits", "unused")[1].images[:20, :, 4:-4, 4:-4], (4, 4, 4, 4))
+
+
+def amounts(count, rotation=0.0, shear=0.0, scale=0.0, right=0.0, down=0.0):
+    return torch.tensor([rotation, shear, scale, right, down])[:, None].repeat(1, count)
+
+
+def test_no_movement_is_the_digit_itself(digits):
+    assert torch.allclose(warped(digits, amounts(20)), digits.float(), atol=1e-2)
+
+
+def test_a_shift_of_whole_pixels_is_a_roll(digits):
+    moved = warped(digits, amounts(20, right=2, down=-1))
+    assert torch.allclose(moved, digits.float().roll((-1, 2), (2, 3)), atol=1e-2)
+
+
+def test_a_quarter_turn_and_twice_the_size(digits):
+    turned = warped(digits, amounts(20, rotation=math.pi / 2))
+    assert torch.allclose(turned, torch.rot90(digits.float(), 1, (2, 3)), atol=2e-2)
+    large = warped(digits, amounts(20, scale=1.0))
+    assert large[:, :, 10:18, 10:18].mean().item() == pytest.approx(
+        digits[:, :, 12:16, 12:16].float().mean().item(), rel=0.1
+    )
+
+
+def test_shear_and_shift_follow_a_turn(digits):
+    """All at once is one after the other, but for the blur of drawing it four times."""
+    once = warped(digits, amounts(20, rotation=0.2, shear=0.1, scale=0.1, right=1, down=2))
+    steps = warped(warped(digits, amounts(20, shear=0.1)), amounts(20, rotation=0.2))
+    steps = warped(warped(steps, amounts(20, scale=0.1)), amounts(20, right=1, down=2))
+    assert (once - steps).abs().mean() < 4
+    assert (once - digits).abs().mean() > 8
+
+
+def test_the_grid_is_torchs_own(digits):
+    """A map drawn by hand, and by F.affine_grid."""
+    maps = torch.eye(2, 3).repeat(20, 1, 1)
+    maps[:, :, 2] = torch.tensor([-4 / 28, 2 / 28])  # from two pixels to the left, and one below
+    expected = F.grid_sample(
+        digits.float(), F.affine_grid(maps, [20, 1, 28, 28], align_corners=False), align_corners=False
+    )
+    assert torch.allclose(warped(digits, amounts(20, right=2, down=-1)), expected, atol=1e-3)
+
+
+def test_each_digit_is_warped_by_draws_of_its_own_that_a_seed_fixes(digits):
+    augment = Affine(Augmentation(rotation=15, shift=2, scale=0.1, shear=5))
+    one = digits[:1].expand(20, -1, -1, -1)
+    torch.manual_seed(3)
+    first, second = augment(one), augment(one)
+    assert len({tuple(image.flatten().tolist()) for image in torch.cat([first, second])}) == 40
+    torch.manual_seed(3)
+    assert torch.equal(augment(one), first)
+    with torch.autocast("cpu", torch.bfloat16):  # no pixel moves for want of precision
+        torch.manual_seed(3)
+        assert torch.equal(augment(one), first)
+
+
+def test_draws_stay_within_their_bounds_and_reach_them(digits, monkeypatch):
+    seen = []
+    monkeypatch.setattr(augmentation, "warped", lambda images, amounts: seen.append(amounts))
+    Affine(Augmentation(rotation=90, shift=3, scale=0.2, shear=45))(digits[:1].expand(2000, -1, -1, -1))
+    bounds = torch.tensor([math.pi / 2, math.pi / 4, 0.2, 3, 3])
+    assert torch.allclose(seen[0].abs().amax(1), bounds, rtol=0.01)
+    assert (seen[0].abs().amax(1) <= bounds).all()
+    assert torch.allclose(seen[0].mean(1), torch.zeros(5), atol=0.06 * 3)
+
+
+def test_warped_digits_are_the_digits_of_training_alone(run, tmp_path):
+    """The test scores digits as they are, and a network learns from warped ones."""
+    words = ("data=digits", "epochs=2", "plots=false", "architecture=conv10", "selection=last")
+    plain = metrics(run("mnist-train", *words).folder())
+    folder = run("mnist-train", *words, "augmentation=affine").folder()
+    assert metrics(folder)["train/loss"] > plain["train/loss"]
+    test = load("digits", "unused")[1]
+    classifier = load_classifier(folder)
+    right = (classifier.logits(test.images).argmax(1) == test.labels).sum().item()
+    assert metrics(folder)["test/accuracy"] == right / len(test.labels) > 0.5
+
+
+# --- files and mirrors --------------------------------------------------------------------------------------
+
+
+def idx(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def md5(content):
+    return hashlib.md5(content).hexdigest()
+
+
+random = np.random.default_rng(0)
+FILES = {
+    "train-images-idx3-ubyte": idx(random.integers(0, 256, (50, 28, 28), dtype=np.uint8)),
+    "train-labels-idx1-ubyte": idx(random.integers(0, 10, 50, dtype=np.uint8)),
+    "t10k-images-idx3-ubyte": idx(random.integers(0, 256, (20, 28, 28), dtype=np.uint8)),
+    "t10k-labels-idx1-ubyte": idx(random.integers(0, 10, 20, dtype=np.uint8)),
+}
+ARCHIVES = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in FILES.items()}
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """The first part of an address is how it is answered, as in /cut/MNIST/raw/train-images-idx3-ubyte.gz."""
+
+    asked: list[str]
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        manner, _, name = self.path.removeprefix("/").partition("/")
+        content = ARCHIVES[name.rpartition("/")[2]]
+        busy = manner == "busy" and self.asked.count(self.path) == 1
+        if manner.isdigit() or busy:
+            return self.send_error(503 if busy else int(manner))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if manner == "cut":
+            content = content[: len(content) // 2]
+        if manner == "wrong":
+            content = bytes(len(content))
+        for start in range(0, len(content), 4096):
+            self.wfile.write(content[start : start + 4096])
+            time.sleep(0.02 if manner == "slow" else 0)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    """A small MNIST, whose checksums stand for the published ones, at a server's address; `Mirror.asked` has a list."""
+    Mirror.asked = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    for dataset in (torchvision.datasets.MNIST, torchvision.datasets.KMNIST):
+        monkeypatch.setattr(dataset, "resources", [(name, md5(content)) for name, content in ARCHIVES.items()])
+    monkeypatch.setitem(datasets.MD5, "MNIST", {name: md5(content) for name, content in FILES.items()})
+    monkeypatch.setattr(datasets, "SECONDS_BETWEEN_ROUNDS", (0.01, 0.01))
+    monkeypatch.setattr(datasets, "SECONDS_TO_WAIT_FOR_A_MIRROR", PATIENCE)  # slow is not busy
+
+    def use(*manners):
+        monkeypatch.setenv("MNIST_CNN_MIRRORS", " ".join(f"http://127.0.0.1:{server.server_port}/{m}" for m in manners))
+
+    yield use
+    server.shutdown()
+
+
+def left(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+WHOLE = {f"MNIST/raw/{name}{suffix}" for name in FILES for suffix in ("", ".gz")}
+
+
+def _load(root, results):
+    torch.set_num_threads(1)
+    try:
+        results.put(len(datasets.load("mnist", root)[0].labels))
+    except Exception as error:
+        results.put(repr(error))
+
+
+@pytest.mark.parametrize("manners", [["good"], ["403", "cut", "slow"], ["wrong", "500", "busy"]])
+def test_eight_processes_on_an_empty_folder_leave_one_good_copy(mirror, tmp_path, manners):
+    mirror(*manners)
+    forked = multiprocessing.get_context("fork")  # torch is loaded already
+    results = forked.Queue()
+    processes = [
+        forked.Process(target=_load, args=(tmp_path / "deep" / "data", results), daemon=True) for _ in range(8)
+    ]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=PATIENCE) for _ in processes] == [50] * 8
+    for process in processes:
+        process.join(PATIENCE)
+    assert left(tmp_path / "deep" / "data") == WHOLE
+    served = [path for path in Mirror.asked if path.startswith(f"/{manners[-1]}/")]
+    assert len(served) == (8 if "busy" in manners else 4)  # each file once, or once more after it was refused
+
+
+SAID = {
+    "403": "403 Forbidden",
+    "404": "404 Not Found",
+    "500": "500 Internal Server Error",
+    "cut": "broke off, [0-9,]+ bytes are missing",
+    "wrong": "sent [0-9,]+ bytes that are not the published file",
+}
+
+
+def test_the_error_has_what_each_mirror_said_and_nothing_is_left(mirror, tmp_path):
+    mirror(*SAID)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError) as refusal:
+        datasets.load("mnist", tmp_path / "data" / "mine")
+    for manner, words in SAID.items():
+        assert re.search(f"127.0.0.1:[0-9]+/{manner}/MNIST/raw/: {words}", str(refusal.value))
+    for words in ("train-images-idx3-ubyte", "MNIST_CNN_DATA", "MNIST_CNN_MIRRORS", "data=digits", "data.root"):
+        assert words in str(refusal.value)
+    times = {manner: len([path for path in Mirror.asked if path.startswith(f"/{manner}/")]) for manner in SAID}
+    assert times == {"403": 1, "404": 1, "500": 3, "cut": 3, "wrong": 3}  # a refusal stands, the others may pass
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_whole_files_stay_where_a_later_one_cannot_be_had(mirror, tmp_path, monkeypatch):
+    mirror("good")
+    monkeypatch.setitem(ARCHIVES, "t10k-labels-idx1-ubyte.gz", b"nothing")
+    with pytest.raises(UserError, match="t10k-labels"):
+        datasets.load("mnist", tmp_path)
+    assert left(tmp_path) == {path for path in WHOLE if "t10k-labels" not in path}
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut short", "altered", "no folder"])
+def test_a_harmed_file_is_fetched_again_and_named_where_there_is_no_network(mirror, tmp_path, harm):
+    mirror("good")
+    datasets.load("mnist", tmp_path)
+    Mirror.asked.clear()
+    file = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    content = bytearray(file.read_bytes())
+    content[5_000] ^= 1
+    file.unlink()
+    if harm == "no folder":
+        shutil.rmtree(tmp_path / "MNIST")
+    elif harm != "missing":
+        file.write_bytes(content[:9_000] if harm == "cut short" else content)
+    mirror("404")
+    with pytest.raises(UserError) as refusal:
+        datasets.load("mnist", tmp_path)
+    named = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte" if harm == "no folder" else file
+    assert str(named) in str(refusal.value)
+    assert ("cannot be read" in str(refusal.value)) == (harm in ("missing", "no folder"))
+    assert ("is not the published file" in str(refusal.value)) == (harm in ("cut short", "altered"))
+    Mirror.asked.clear()
+    mirror("good")
+    assert len(datasets.load("mnist", tmp_path)[1].labels) == 20
+    assert len(Mirror.asked) == (4 if harm == "no folder" else 1)
+    assert left(tmp_path) == WHOLE
+
+
+def test_a_folder_with_good_files_is_not_written_to(mirror, tmp_path):
+    """Nor locked, so that it may be read-only: a file that came and went would show in the folders' times."""
+    mirror("good")
+    datasets.load("mnist", tmp_path)
+    mirror()
+    folders = (tmp_path, tmp_path / "MNIST", tmp_path / "MNIST" / "raw")
+    before = [folder.stat().st_mtime_ns for folder in folders]
+    for folder in folders:
+        folder.chmod(0o555)
+    assert len(datasets.load("mnist", tmp_path)[0].labels) == 50
+    assert before == [folder.stat().st_mtime_ns for folder in folders]
+    for folder in folders:
+        folder.chmod(0o755)
+
+
+def test_kmnist_is_checked_against_its_archives(mirror, tmp_path):
+    mirror("good")
+    datasets.load("kmnist", tmp_path)
+    raw = tmp_path / "KMNIST" / "raw"
+    for harm in ("altered", "no archive"):
+        file = raw / "train-labels-idx1-ubyte"
+        if harm == "altered":
+            file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+        else:
+            (raw / f"{file.name}.gz").unlink()
+        mirror("404")
+        with pytest.raises(UserError, match="not the published" if harm == "altered" else "gz cannot be read"):
+            datasets.load("kmnist", tmp_path)
+        mirror("good")
+        assert len(datasets.load("kmnist", tmp_path)[0].labels) == 50
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "altered"])
+def test_real_mnist_harmed_is_named(mnist_root, tmp_path, harm, monkeypatch):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in (mnist_root / "MNIST" / "raw").iterdir():
+        (raw / file.name).symlink_to(file)
+    file = raw / "t10k-images-idx3-ubyte"
+    content = bytearray(file.read_bytes())
+    content[5_000_000] ^= 1
+    file.unlink()
+    if harm != "missing":
+        file.write_bytes(content[:7_000_000] if harm == "truncated" else content)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(UserError) as refusal:
+        datasets.load("mnist", tmp_path)
+    for word in ("127.0.0.1:9", "MNIST_CNN_DATA", "data=digits", "data.root", str(file)):
+        assert word in str(refusal.value)
+    assert ("2646ac" in str(refusal.value)) == (harm != "missing")

@@ -1,21 +1,35 @@
-"""Pictures of every kind to predictions: the form, the sources, the files, ensembles, calibration, export, import."""
+"""Pictures of every kind to predictions: the form, sources, files, evaluation, ensembles, calibration, export."""
 
 import csv
 import io
 import json
+import re
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_messages import said
+from conftest import said
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
 
 from mnist_cnn import load_classifier
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.data.datasets import load
+from mnist_cnn.inference.classifier import mean_logits, shifted
 from mnist_cnn.inference.digit_image import in_mnist_form, mnist_form
+from mnist_cnn.inference.metrics import fit_temperature, score, wilson_interval
+from mnist_cnn.models.checkpoint import read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """scikit-learn's 360 test digits."""
+    return load("digits", "unused")[1]
+
+
+# --- a picture becomes 28×28 -------------------------------------------------------------------------------
 
 
 def drawn():
@@ -33,10 +47,10 @@ SEVEN = drawn()
 
 def on_page(ink, paper, side=84, room=40, at=(9, 21)):
     """The seven in a colour on paper of another, uint8 (H, W, channels)."""
-    share = np.zeros((side + room, side + room, 1))
+    ink_fraction = np.zeros((side + room, side + room, 1))
     digit = Image.fromarray(SEVEN).resize((side, side), Image.Resampling.BICUBIC)
-    share[at[0] : at[0] + side, at[1] : at[1] + side, 0] = np.asarray(digit) / 255
-    return np.rint(np.array(paper) * (1 - share) + np.array(ink) * share).astype(np.uint8)
+    ink_fraction[at[0] : at[0] + side, at[1] : at[1] + side, 0] = np.asarray(digit) / 255
+    return np.rint(np.array(paper) * (1 - ink_fraction) + np.array(ink) * ink_fraction).astype(np.uint8)
 
 
 def rgba(ink=(20, 60, 200)):
@@ -90,8 +104,6 @@ def test_any_picture_comes_to_the_same_form(kind):
 
 def test_the_table_beside_a_photographed_page_is_not_the_digit():
     """Pen strokes on a page lit unevenly, once alone and once with the dark table's corner in the picture."""
-    from PIL import ImageDraw
-
     random = np.random.default_rng(0)
     page = Image.new("L", (600, 800), 255)
     draw = ImageDraw.Draw(page)
@@ -144,6 +156,9 @@ def test_a_picture_without_a_digit_is_an_error(kind):
 def test_what_is_no_picture_is_an_error(wrong):
     with pytest.raises(UserError):
         mnist_form(wrong)
+
+
+# --- what images= names, and where the answers go -----------------------------------------------------------
 
 
 @pytest.fixture
@@ -233,9 +248,123 @@ def test_an_ensemble_is_the_mean_of_its_probabilities(run, trained, folder):
     assert run("mnist-evaluate", f"checkpoint=[{trained},warm.ckpt]", "plots=false").status == 0
 
 
-def test_calibration_writes_one_temperature_into_a_new_checkpoint(run, trained, tmp_path):
-    from mnist_cnn.inference.metrics import score
+# --- mnist-evaluate -----------------------------------------------------------------------------------------
 
+
+def test_evaluate_repeats_the_figures_of_the_run(run, trained):
+    ended = run("mnist-evaluate", f"checkpoint={trained}")
+    assert (ended.status, ended.err) == (0, "")
+    figures = json.loads((ended.folder() / "evaluation.json").read_text())
+    recorded = json.loads((trained / "metrics.json").read_text())
+    assert figures["accuracy"] == recorded["test/accuracy"]
+    assert figures["loss"] == pytest.approx(recorded["test/loss"])
+    assert figures["accuracy_low"] < figures["accuracy"] < figures["accuracy_high"]
+    assert "calibration error" in ended.out
+    assert re.search(r"^class +precision +recall +F1 +digits$", ended.out, flags=re.MULTILINE)
+    assert {file.name for file in (ended.folder() / "plots").iterdir()} == {
+        "confusion_matrix.png",
+        "incorrect_digits.png",
+    }
+
+
+def test_evaluate_on_the_digits_that_the_run_held_out(run, trained):
+    ended = run("mnist-evaluate", f"checkpoint={trained}", "split=validation", "plots=false")
+    figures = json.loads((ended.folder() / "evaluation.json").read_text())
+    assert figures["accuracy"] == json.loads((trained / "metrics.json").read_text())["val/accuracy"]
+    assert "144 digits" in ended.out
+
+
+def test_evaluate_on_other_data(run, trained, mnist_root):
+    ended = run("mnist-evaluate", f"checkpoint={trained}", "data=mnist", f"data.root={mnist_root}", "plots=false")
+    assert "10,000 digits" in ended.out
+
+
+def test_incorrect_digits_are_listed_with_their_probabilities(run, trained, held_out):
+    folder = run("mnist-evaluate", f"checkpoint={trained}", "plots=false").folder()
+    rows = list(csv.DictReader((folder / "incorrect.csv").open()))
+    predicted = load_classifier(trained).predict(held_out.images)
+    wrong = [i for i, label in enumerate(held_out.labels.tolist()) if predicted[i] != str(label)]
+    assert [int(row["index"]) for row in rows] == wrong
+    for row in rows:
+        probabilities = [float(row[f"probability {name}"]) for name in range(10)]
+        assert sum(probabilities) == pytest.approx(1)
+        assert int(row["predicted"]) == int(np.argmax(probabilities))
+        assert int(row["expected"]) == int(held_out.labels[int(row["index"])])
+
+
+def test_probabilities_of_single_digits_to_ten_decimals(run, trained):
+    out = run("mnist-evaluate", f"checkpoint={trained}", "probabilities=[3,359]", "plots=false").out
+    assert re.search(r"^digit 3, expected \d$", out, flags=re.MULTILINE)
+    lines = re.findall(r"^(\d): (\d+\.\d{10})%$", out, flags=re.MULTILINE)
+    assert [name for name, _ in lines] == list("0123456789") * 2
+    assert sum(float(value) for _, value in lines[:10]) == pytest.approx(100)
+
+
+def test_predict_prints_label_and_probability(run, trained, digit):
+    ended = run("mnist-predict", f"checkpoint={trained}", f"images={digit}")
+    assert (ended.status, ended.err) == (0, "")
+    expected = load_classifier(trained).probabilities(np.asarray(Image.open(digit)))[0]
+    assert re.search(
+        rf"digit 0 \(first\)\.png +{expected.argmax()} +{expected.max():.4f} ", ended.out, flags=re.MULTILINE
+    )
+
+
+def test_predict_reads_folders_and_leaves_nothing(run, trained, tmp_path, held_out):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for index, place in enumerate(["b.png", "a.bmp", "deep/c.gif", "deep/d.tif"]):
+        Image.fromarray(held_out.images[index, 0].numpy()).save(tmp_path / "in" / place)
+    (tmp_path / "in" / "notes.txt").write_text("not a picture")
+    before = set(tmp_path.rglob("*"))
+    out = run("mnist-predict", f"checkpoint={trained}/checkpoints/last.ckpt", "images=in").out
+    assert [line.split()[0] for line in out.splitlines()[1:]] == [
+        "in/a.bmp",
+        "in/b.png",
+        "in/deep/c.gif",
+        "in/deep/d.tif",
+    ]
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_classifier_takes_any_of_the_shapes(trained, held_out):
+    classifier = load_classifier(trained, device="cpu")
+    images = held_out.images[:5]
+    expected = classifier.probabilities(images)
+    assert expected.shape == (5, 10)
+    assert expected.dtype == np.float32
+    np.testing.assert_allclose(expected.sum(1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(classifier.probabilities(images[:, 0].numpy()), expected)
+    np.testing.assert_allclose(classifier.probabilities(images[2, 0])[0], expected[2], atol=1e-6)
+    assert classifier.predict(images) == [str(index) for index in expected.argmax(1)]
+    for wrong in (np.zeros((3, 20, 20), np.uint8), np.zeros((28, 28))):
+        with pytest.raises(UserError, match="expects uint8"):
+            classifier.probabilities(wrong, mode="exact")
+        with pytest.raises(UserError, match="picture 0: there is no digit in it: the picture is blank"):
+            classifier.probabilities(wrong)
+
+
+def test_the_figures_are_those_of_the_textbook():
+    logits = torch.tensor([[4.0, 0, 0], [0, 4, 0], [0, 4, 0], [0, 0, 4]])
+    scores = score(logits, torch.tensor([0, 1, 2, 2]))
+    assert scores.accuracy == 0.75
+    np.testing.assert_array_equal(scores.confusion, [[1, 0, 0], [0, 1, 0], [0, 1, 1]])
+    np.testing.assert_allclose(scores.per_class[:, 0], [1, 0.5, 1])  # precision
+    np.testing.assert_allclose(scores.per_class[:, 1], [1, 1, 0.5])  # recall
+    np.testing.assert_allclose(scores.per_class[:, 2], [1, 2 / 3, 2 / 3])  # F1
+    confidence = torch.softmax(logits, 1).max().item()
+    assert scores.calibration_error == pytest.approx(abs(confidence - 0.75), abs=1e-6)
+    # Newcombe (1998), Statistics in Medicine 17, table I: 81 of 263.
+    np.testing.assert_allclose(wilson_interval(81, 263), (0.2553, 0.3662), atol=5e-5)
+
+
+def test_pictures_can_be_read(trained):
+    for picture in (trained / "plots").glob("*.png"):
+        with Image.open(picture) as opened:
+            pixels = np.asarray(opened.convert("L"))
+            assert min(pixels.shape) >= 300, picture
+            assert pixels.std() > 5, picture  # not blank
+
+
+def test_calibration_writes_one_temperature_into_a_new_checkpoint(run, trained, tmp_path):
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     for part in ("weight", "bias"):
         content["state_dict"][f"network.logits.{part}"] *= 4  # an overconfident network
@@ -253,6 +382,81 @@ def test_calibration_writes_one_temperature_into_a_new_checkpoint(run, trained, 
     warm, cold = (score(classifier.logits(test.images), test.labels) for classifier in (new, old))
     assert (warm.accuracy, warm.loss < cold.loss) == (cold.accuracy, True)
     said(run("mnist-evaluate", "checkpoint=sure.ckpt", "calibrate=true"), "calibrate=true", "split=validation")
+
+
+# --- test-time augmentation ---------------------------------------------------------------------------------
+
+
+def test_the_shifts_are_the_digit_and_its_neighbours(held_out):
+    digits = held_out.images[:20]
+    copies = shifted(digits, 9)
+    assert torch.equal(copies[0], digits)
+    rolled = {(y, x): digits.roll((y, x), (2, 3)) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+    found = [next(step for step, image in rolled.items() if torch.equal(copy, image)) for copy in copies]
+    assert sorted(found) == sorted(rolled)
+    assert sorted(found[:5]) == sorted([(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)])
+    assert all(torch.equal(a, b) for a, b in zip(shifted(digits, 5), copies, strict=False))
+
+
+@pytest.mark.parametrize("tta", [5, 9])
+def test_the_mean_over_shifts_in_every_command(run, trained, tmp_path, tta):
+    test = load("digits", "unused")[1]
+    plain, several = load_classifier(trained), load_classifier(trained, tta=tta)
+    expected = torch.stack([plain.logits(copy).softmax(1) for copy in shifted(test.images, tta)]).mean(0)
+    assert torch.allclose(several.logits(test.images).softmax(1), expected, atol=1e-6)
+    assert not torch.allclose(plain.logits(test.images).softmax(1), expected, atol=1e-3)
+    accuracy = (expected.argmax(1) == test.labels).double().mean().item()
+    evaluated = run("mnist-evaluate", f"checkpoint={trained}", f"tta={tta}", "plots=false")
+    assert f"accuracy {accuracy:.2%}" in evaluated.out
+    np.save(tmp_path / "digits.npy", test.images[:7, 0].numpy())
+    words = ("images=digits.npy", "mode=exact", "output=labels.csv", f"tta={tta}")
+    assert run("mnist-predict", f"checkpoint={trained}", *words).status == 0
+    rows = list(csv.DictReader((tmp_path / "labels.csv").open()))
+    shown = [[float(row[f"probability {name}"]) for name in plain.classes] for row in rows]
+    assert torch.allclose(torch.tensor(shown), expected[:7], atol=1e-5)
+
+
+def test_mnist_train_tests_by_tta(run):
+    words = ("data=digits", "epochs=1", "plots=false", "architecture=conv10", "tta=5")
+    folder = run("mnist-train", *words).folder()
+    test = load("digits", "unused")[1]
+    logits = load_classifier(folder, tta=5).logits(test.images)
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert figures["test/loss"] == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-6)
+
+
+def test_shifts_and_several_networks_are_one_mean(trained, held_out):
+    digits = held_out.images[:20]
+    one, two = load_classifier(trained, tta=5), load_classifier([trained, trained], tta=5)
+    assert two.member_logits(digits).shape == (10, 20, 10)
+    assert torch.allclose(one.logits(digits), two.logits(digits), atol=1e-5)
+
+
+def test_a_temperature_of_shifts_divides_each_before_the_mean():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 10, (500,))
+    each = 6 * (F.one_hot(labels, 10) + 0.5 * torch.randn(3, 500, 10))
+    found = fit_temperature(each, labels)
+    loss = [F.nll_loss(mean_logits(each / t), labels).item() for t in (0.9 * found, found, 1.1 * found)]
+    assert loss[1] == min(loss)
+    assert fit_temperature(each[0], labels) == fit_temperature(each[:1], labels)
+
+
+def test_calibrating_with_tta(run, trained):
+    words = (f"checkpoint={trained}", "split=validation", "tta=5", "plots=false")
+    before = run("mnist-evaluate", *words, "calibrate=true")
+    new = trained / "checkpoints" / "best_calibrated.ckpt"
+    try:
+        assert read_checkpoint(new)[1].temperature != 1
+        after = run("mnist-evaluate", f"checkpoint={new}", *words[1:])
+        assert after.status == before.status == 0
+        loss = [float(ended.out.rpartition("loss ")[2].split(",")[0]) for ended in (before, after)]
+        assert loss[1] < loss[0]
+    finally:
+        new.unlink(missing_ok=True)
+
+
+# --- export, and packages that are missing ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What a record's recipe switches on: warped digits, smoothed labels, Muon, schedules, averages, several views."""
 
-import csv
 import math
 import signal
 from itertools import pairwise
@@ -16,8 +15,6 @@ from mnist_cnn import load_classifier
 from mnist_cnn.config.settings import Augmentation
 from mnist_cnn.data.augmentation import Affine, warped
 from mnist_cnn.data.datasets import load
-from mnist_cnn.inference.classifier import shifted, together
-from mnist_cnn.inference.metrics import temperature_of
 from mnist_cnn.models.checkpoint import read_checkpoint
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.training.module import DigitClassifier
@@ -302,77 +299,6 @@ def test_a_signal_while_the_averages_are_validated(run, tmp_path, signalled, rec
     assert run("mnist-train", *SETTINGS, *ALL, "hydra.run.dir=run").status == 143
     assert run("mnist-train", "resume=run").status == 0
     equal(recipe, tmp_path / "run")
-
-
-# --- several views -----------------------------------------------------------------------------------------
-
-
-def test_views_are_the_digit_and_its_neighbours(digits):
-    views = shifted(digits, 9)
-    assert torch.equal(views[0], digits)
-    rolled = {(y, x): digits.roll((y, x), (2, 3)) for y in (-1, 0, 1) for x in (-1, 0, 1)}
-    found = [next(step for step, image in rolled.items() if torch.equal(view, image)) for view in views]
-    assert sorted(found) == sorted(rolled)
-    assert sorted(found[:5]) == sorted([(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)])
-    assert all(torch.equal(a, b) for a, b in zip(shifted(digits, 5), views, strict=False))
-
-
-@pytest.mark.parametrize("views", [5, 9])
-def test_the_mean_over_views_in_every_command(run, trained, tmp_path, views):
-    test = load("digits", "unused")[1]
-    plain, several = load_classifier(trained), load_classifier(trained, views=views)
-    expected = torch.stack([plain.logits(view).softmax(1) for view in shifted(test.images, views)]).mean(0)
-    assert torch.allclose(several.logits(test.images).softmax(1), expected, atol=1e-6)
-    assert not torch.allclose(plain.logits(test.images).softmax(1), expected, atol=1e-3)
-    accuracy = (expected.argmax(1) == test.labels).double().mean().item()
-    evaluated = run("mnist-evaluate", f"checkpoint={trained}", f"views={views}", "plots=false")
-    assert f"accuracy {accuracy:.2%}" in evaluated.out
-    import numpy as np
-
-    np.save(tmp_path / "digits.npy", test.images[:7, 0].numpy())
-    words = ("images=digits.npy", "mode=exact", "output=labels.csv", f"views={views}")
-    assert run("mnist-predict", f"checkpoint={trained}", *words).status == 0
-    rows = list(csv.DictReader((tmp_path / "labels.csv").open()))
-    shown = [[float(row[f"probability {name}"]) for name in plain.classes] for row in rows]
-    assert torch.allclose(torch.tensor(shown), expected[:7], atol=1e-5)
-
-
-def test_mnist_train_tests_by_its_views(run):
-    words = ("data=digits", "epochs=1", "plots=false", "architecture=conv10", "views=5")
-    folder = run("mnist-train", *words).folder()
-    test = load("digits", "unused")[1]
-    logits = load_classifier(folder, views=5).logits(test.images)
-    assert metrics(folder)["test/loss"] == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-6)
-
-
-def test_views_of_several_networks_are_one_mean(trained, digits):
-    one, two = load_classifier(trained, views=5), load_classifier([trained, trained], views=5)
-    assert two.each(digits).shape == (10, 20, 10)
-    assert torch.allclose(one.logits(digits), two.logits(digits), atol=1e-5)
-
-
-def test_a_temperature_of_views_divides_each_before_the_mean():
-    torch.manual_seed(0)
-    labels = torch.randint(0, 10, (500,))
-    each = 6 * (F.one_hot(labels, 10) + 0.5 * torch.randn(3, 500, 10))
-    found = temperature_of(each, labels)
-    loss = [F.nll_loss(together(each / t), labels).item() for t in (0.9 * found, found, 1.1 * found)]
-    assert loss[1] == min(loss)
-    assert temperature_of(each[0], labels) == temperature_of(each[:1], labels)
-
-
-def test_calibrating_by_views(run, trained):
-    words = (f"checkpoint={trained}", "split=validation", "views=5", "plots=false")
-    before = run("mnist-evaluate", *words, "calibrate=true")
-    new = trained / "checkpoints" / "best_calibrated.ckpt"
-    try:
-        assert read_checkpoint(new)[1].temperature != 1
-        after = run("mnist-evaluate", f"checkpoint={new}", *words[1:])
-        assert after.status == before.status == 0
-        loss = [float(ended.out.rpartition("loss ")[2].split(",")[0]) for ended in (before, after)]
-        assert loss[1] < loss[0]
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def test_the_seconds_of_training_and_of_the_test(run):

@@ -1,4 +1,4 @@
-"""What scripts/benchmark sets beside mnist-train, each as its own users would write it.
+"""What scripts/benchmark compares with mnist-train, each as its own users would write it.
 
 usage: python scripts/benchmarks/contestants.py bare|stock|example|keras RECIPE PRECISION EPOCHS [overrides, for bare]
 
@@ -6,6 +6,7 @@ Each says "ready" once its data is read, a line at each epoch's end, and its tes
 after each epoch it waits for a line.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -45,7 +46,7 @@ def bare(recipe, precision, epochs, *overrides):
     data = MNISTDataModule(**config["data"], seed=1)
     data.setup()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = ConvNet(config["architecture"], 10, data.mean, data.standard_deviation).to(device)
+    network = ConvNet(config["architecture"], 10, data.mean, data.std).to(device)
     network.onednn = True
     optimizer = hydra.utils.instantiate(config["optimizer"])(network.parameters())
     images, labels = data.train.images.to(device), data.train.labels.to(device)
@@ -86,9 +87,8 @@ def stock(recipe, precision, epochs):
     from torchvision.datasets import MNIST
 
     from mnist_cnn.config.settings import CONF
-    from mnist_cnn.training.progress import quiet
 
-    quiet()
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     pl.seed_everything(1, verbose=False)
     specification = yaml.safe_load((CONF / "architecture" / f"{recipe}.yaml").read_text())
     settings = yaml.safe_load((CONF / "experiment" / f"{recipe}.yaml").read_text())

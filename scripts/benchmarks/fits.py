@@ -1,10 +1,12 @@
-"""Epochs and fits of mnist-train beside what else one could run."""
+"""Epochs and fits of mnist-train compared with what else one could run."""
 
 import statistics
 import subprocess
 import sys
 
 from benchmarks.turns import PRECISIONS, RECIPES, ROOT, TURNS, contestant, ours, ratio, spread, take_turns
+
+TORCH_DROPOUT = (str(ROOT / "scripts" / "benchmarks" / "torch_dropout.py"),)
 
 EXAMPLE = [  # the network and settings of PyTorch's own MNIST example
     "architecture.blocks=[{filters:32,kernel:3},{filters:64,kernel:3,pool:2,dropout:0.25}]",
@@ -22,7 +24,7 @@ RUN_BY = {
 }
 
 
-def beside_bare(recipe, value, *overrides):
+def compare_with_bare(recipe, value, *overrides):
     """Seconds of mnist-train's epochs and of a bare loop's, and their ratio."""
     chosen = [word for word in overrides if word.startswith("data.")]
     commands = {
@@ -35,7 +37,7 @@ def beside_bare(recipe, value, *overrides):
     return row
 
 
-def table_of_taxes(rows, column, digits):
+def tax_table(rows, column, digits):
     table = [
         f"| recipe | {column} | bare loop, s an epoch | mnist-train | ratio (lowest–highest) |",
         "| --- | --- | --- | --- | --- |",
@@ -46,13 +48,31 @@ def table_of_taxes(rows, column, digits):
     return table
 
 
-def tax():
+def tax(recipes=(*RECIPES, "mlp"), precisions=PRECISIONS):
     rows = [
-        {"precision": precision, **beside_bare(recipe, value)}
-        for precision, value in PRECISIONS.items()
-        for recipe in RECIPES
+        {"precision": precision, **compare_with_bare(recipe, value)}
+        for precision, value in precisions.items()
+        for recipe in recipes
     ]
-    return rows, table_of_taxes(rows, "precision", 2)
+    return rows, tax_table(rows, "precision", 2)
+
+
+def dropout(recipe="conv32_32_dropout"):
+    """Epochs of mnist-train as it is, and with torch's nn.Dropout in place of ours."""
+    rows = []
+    for precision, value in PRECISIONS.items():
+        commands = {
+            "torch": ours(recipe, TURNS + 1, value, program=TORCH_DROPOUT),
+            "ours": ours(recipe, TURNS + 1, value),
+        }
+        seconds, _ = take_turns(commands, TURNS + 1)
+        rows.append({"precision": precision, "seconds": seconds, "ratio": ratio(seconds["torch"], seconds["ours"])})
+        print("dropout", precision, spread(rows[-1]["ratio"]), file=sys.stderr)
+    table = [f"| `{recipe}` | nn.Dropout, s an epoch | ours | nn.Dropout / ours |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        medians = [f"{statistics.median(values[1:]):.2f}" for values in row["seconds"].values()]
+        table.append(f"| {row['precision']} | {' | '.join(medians)} | {spread(row['ratio'])} |")
+    return rows, table
 
 
 def cuda():
@@ -61,10 +81,10 @@ def cuda():
     if not torch.cuda.is_available():
         raise SystemExit("error: cuda: torch finds no CUDA device here")
     rows = [
-        {"batch": batch, **beside_bare(recipe, "32-true", f"data.batch_size={batch}", "accelerator=cuda")}
+        {"batch": batch, **compare_with_bare(recipe, "32-true", f"data.batch_size={batch}", "accelerator=cuda")}
         for recipe, batch in [*((recipe, 64) for recipe in RECIPES), ("conv32_64_64", 512)]
     ]
-    return rows, table_of_taxes(rows, "batch", 3)
+    return rows, tax_table(rows, "batch", 3)
 
 
 def tensorflow():
@@ -78,7 +98,7 @@ def tensorflow():
     return python
 
 
-def beside_others(recipe, fit):
+def compare_with_others(recipe, fit):
     """A fit by everybody who can run it, an epoch each in turn."""
     epochs = max(fit, TURNS + 1)  # a fit of fewer gives too few pairs: it goes on
     if recipe:
@@ -105,7 +125,7 @@ def beside_others(recipe, fit):
 
 
 def keras():
-    rows = [beside_others(recipe, fit) for recipe, fit in [*RECIPES.items(), (None, 3)]]
+    rows = [compare_with_others(recipe, fit) for recipe, fit in [*RECIPES.items(), (None, 3)]]
     table = [
         "| recipe | run by | fit, s (epochs) | test accuracy, % (epochs) | our float32 / it | our bfloat16 / it |",
         "| --- | --- | --- | --- | --- | --- |",

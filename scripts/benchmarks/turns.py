@@ -9,24 +9,42 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.training.fit import check_precision
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA = str(Path(os.environ.get("MNIST_CNN_DATA", "data")).absolute())
 RECIPES = {"conv30_70": 10, "conv32_32_dropout": 2, "conv64_128": 5, "conv10": 10, "conv32_64_64": 5}  # epochs
-PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 TURNS = 5
+CONTESTANTS = ROOT / "scripts" / "benchmarks" / "contestants.py"
+
+
+def supported_precisions():
+    """Float32, and bfloat16 where the processor has instructions for it: mnist-train refuses to emulate them."""
+    precisions = {"float32": "32-true", "bfloat16": "bf16-mixed"}
+    try:
+        check_precision("bf16-mixed", torch.device("cpu"))
+    except UserError:
+        del precisions["bfloat16"]
+    return precisions
+
+
+PRECISIONS = supported_precisions()
 ENVIRONMENT = {**os.environ, "MNIST_CNN_DATA": DATA, "PYTHONPATH": str(ROOT)}
 
 
-def ours(recipe, epochs, precision="32-true", *overrides):
+def ours(recipe, epochs, precision="32-true", *overrides, program=("-m", "mnist_cnn.train")):
+    """The command of a run of mnist-train, whose folder is its last word's."""
     folder = tempfile.mkdtemp(prefix="benchmark-")
     settings = [f"experiment={recipe}"] if recipe else []
     settings += [f"epochs={epochs}", f"accelerator.precision={precision}", "plots=false", *overrides]
-    return [sys.executable, "-P", "-m", "mnist_cnn.train", *settings, f"hydra.run.dir={folder}/run"]
+    return [sys.executable, "-P", *program, *settings, f"hydra.run.dir={folder}/run"]
 
 
 def contestant(name, recipe, epochs, precision="32-true", *overrides, python=sys.executable):
-    file = ROOT / "scripts" / "benchmarks" / "contestants.py"
-    return [python, file, name, recipe or "-", precision, str(epochs), *overrides]
+    return [python, CONTESTANTS, name, recipe or "-", precision, str(epochs), *overrides]
 
 
 def take_turns(commands, epochs):
@@ -64,21 +82,21 @@ def take_turns(commands, epochs):
     return seconds, accuracy
 
 
-def is_ours(process):
-    return "mnist_cnn.train" in process.args
+def waits_for_a_line(process):
+    return CONTESTANTS in process.args
 
 
 def pause(process):
-    if is_ours(process):  # the others wait for a line by themselves
+    if not waits_for_a_line(process):
         os.kill(process.pid, signal.SIGSTOP)
 
 
 def go_on(process):
-    if is_ours(process):
-        os.kill(process.pid, signal.SIGCONT)
-    else:
+    if waits_for_a_line(process):
         process.stdin.write("\n")
         process.stdin.flush()
+    else:
+        os.kill(process.pid, signal.SIGCONT)
 
 
 def wait_for(process, name, *starts):

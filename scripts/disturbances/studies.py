@@ -1,13 +1,13 @@
-"""scripts/chaos sweep: studies whose workers are killed and whose server restarts, what workers gain, what trials leak.
+"""`scripts/chaos sweep`: studies whose workers are killed, what workers gain, what trials leak.
 
 usage: scripts/chaos sweep [--trials N] [--kills N] [--flat N] [--seed N] [PART...]
        --trials N   of each study (40)                --kills N   of each worker, by SIGKILL (2)
        --flat N     of the study of one process (500) --seed N    of the moments (1)
        PART         postgresql, sqlite, throughput, flat (all)
 
-postgresql: 4 workers, and the server is restarted once, as hard as it can be; sqlite: 2 workers. All study
-scikit-learn's digits with conv10. Tables are printed; outputs/chaos/<date>_<time>/sweep.json has the figures
-(scripts/results takes it into the README).
+postgresql: 4 workers; sqlite: 2. Each time all are killed the same command begins anew. All study scikit-learn's digits
+with conv10. Tables are printed; outputs/chaos/<date>_<time>/sweep.json has the figures, and
+`scripts/tables outputs/chaos/<date>_<time>` writes them into scripts/README.md.
 """
 
 import argparse
@@ -22,30 +22,46 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["data=digits", "architecture=conv10", "accelerator=cpu"]
 STUDY = ["sweep=learning_rate", *SMALL]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 PATIENCE = 1200  # seconds, after which a study hangs
+SECONDS = (7, 20)  # from a worker's start until it is killed; it begins to train after some five
 
 
 def command(*words):
     return [sys.executable, "-P", "-m", "mnist_cnn.sweep", *words]
 
 
-def workers_of(process):
-    try:
-        return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    except OSError:
-        return []
-
-
 def trials(folder):
     return list(csv.DictReader((folder / "trials.csv").open()))
 
 
+def killed_once(process, workers, moments):
+    """Wait for a command to end, while each of its workers is killed at a moment of its own; how many were."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    begun, due, killed = time.monotonic(), {}, 0
+    while process.poll() is None:
+        now = time.monotonic() - begun
+        if now > PATIENCE:
+            process.kill()
+        try:
+            found = children.read_text().split()
+        except OSError:
+            break
+        if not due and len(found) == workers:
+            due = {pid: now + moments.uniform(*SECONDS) for pid in found}
+        for pid, moment in due.items():
+            if now > moment and pid in found:
+                os.kill(int(pid), signal.SIGKILL)
+                due[pid], killed = float("inf"), killed + 1
+        time.sleep(0.05)
+    return killed
+
+
 def disturbed(kind, count, workers, kills, seed, root):
-    """A study whose workers are each killed so many times; what was wrong with it at its end, if anything."""
+    """A study whose workers are each killed so many times, and begun anew by the same command each time."""
     sys.path.insert(0, str(ROOT / "tests"))
     import postgresql
 
@@ -53,37 +69,20 @@ def disturbed(kind, count, workers, kills, seed, root):
     server = postgresql.Server() if kind == "postgresql" else None
     words = [*STUDY, f"trials={count}", f"workers={workers}", "epochs=15", "heartbeat=1", f"folder={folder}"]
     words += [f"storage={server.url}"] if server else []
-    begun, seen, restarted = time.monotonic(), {}, 0
-    restart = moments.uniform(15, 30) if server else None
-    places, due, killed = {}, {}, dict.fromkeys(range(workers), 0)  # a new process has the place of a killed one
+    begun, killed, seen, starts, status = time.monotonic(), 0, {}, 0, None
     with (root / f"{kind}.log").open("w") as log:
-        process = subprocess.Popen(command(*words), env=ENVIRONMENT, stdout=log, stderr=log)
-        while process.poll() is None and time.monotonic() - begun < PATIENCE:
-            now = time.monotonic() - begun
+        while status != 0 and starts < kills + 1:
+            starts += 1
+            process = subprocess.Popen(command(*words), env=ENVIRONMENT, stdout=log, stderr=log)
+            if starts <= kills:
+                killed += killed_once(process, workers, moments)
+            status = process.wait(PATIENCE)
             for config in folder.glob("trials/*/config.yaml"):
                 seen.setdefault(config, config.read_bytes())
-            alive = workers_of(process)
-            for pid in alive:
-                if pid not in places:
-                    taken = {places[other] for other in alive if other in places}
-                    places[pid] = next((place for place in killed if place not in taken), 0)
-                    due[pid] = now + moments.uniform(7, 15)  # it begins to train after some five seconds
-                if now > due[pid] and killed[places[pid]] < kills:
-                    os.kill(int(pid), signal.SIGKILL)
-                    killed[places[pid]] += 1
-                    due[pid] = float("inf")
-            if restart and now > restart:
-                restart = None
-                server.stop("immediate")
-                time.sleep(1)
-                server.start()
-                restarted += 1
-            time.sleep(0.05)
-        process.kill()
     seconds = time.monotonic() - begun
-    found = trials(folder) if process.wait() == 0 else []
+    found = trials(folder) if status == 0 else []
     states = {state: sum(row["state"] == state for row in found) for state in ("complete", "pruned", "again")}
-    wrong = judged(folder, found, count, seen, set(killed.values()) == {kills})
+    wrong = judged(folder, found, count, seen, killed == kills * workers)
     again = subprocess.run(
         command(f"retrain={folder}", *([f"storage={server.url}"] if server else [])),
         env=ENVIRONMENT,
@@ -93,20 +92,9 @@ def disturbed(kind, count, workers, kills, seed, root):
     reproduced = again.returncode == 0 and json.loads((folder / "retrain.json").read_text())["again"]
     if server:
         server.close()
-    record = {
-        "kind": kind,
-        "workers": workers,
-        "trials": count,
-        "killed": sum(killed.values()),
-        "restarted": restarted,
-        **states,
-    }
-    return {
-        **record,
-        "reproduced": reproduced,
-        "seconds": seconds,
-        "wrong": wrong or ("" if reproduced else "the best"),
-    }
+    record = {"kind": kind, "workers": workers, "trials": count, "killed": killed, "starts": starts, **states}
+    wrong = wrong or ("" if reproduced else "the best")
+    return {**record, "reproduced": reproduced, "seconds": seconds, "wrong": wrong}
 
 
 def judged(folder, found, count, seen, all_killed):
@@ -165,14 +153,12 @@ def flat(count, root):
 def tables(record):
     lines = []
     if studies := [record[kind] for kind in ("postgresql", "sqlite") if kind in record]:
-        lines += [
-            "| storage | workers | killed | server restarted | complete | pruned | run again | best again | seconds |"
-        ]
+        lines += ["| storage | workers | killed | commands | complete | pruned | run again | best again | seconds |"]
         lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
         names = {"postgresql": "PostgreSQL", "sqlite": "SQLite"}
         for each in studies:
             best = "bit for bit" if each["reproduced"] else "no"
-            figures = [names[each["kind"]], each["workers"], each["killed"], each["restarted"], each["complete"]]
+            figures = [names[each["kind"]], each["workers"], each["killed"], each["starts"], each["complete"]]
             figures += [each["pruned"], each["again"], best, f"{each['seconds']:.0f}"]
             lines.append("| " + " | ".join(map(str, figures)) + " |")
     if "throughput" in record:

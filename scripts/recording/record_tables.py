@@ -1,4 +1,4 @@
-"""The records' tables and pictures, from scripts/records.json, which scripts/results makes of outputs/records."""
+"""The records' tables and pictures, from results/records.json, which scripts/tables makes of outputs/records."""
 
 import json
 import statistics
@@ -6,12 +6,13 @@ from pathlib import Path
 
 from scipy.stats import t
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ROOT / "scripts" / "records.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+RECORDS = RESULTS / "records.json"
 NAMES = ("speed_99", "speed_99_5", "speed_99_7", "record_single", "record_ensemble")
 # Test digits, counted from 0, of which raters dispute the label.
 DISPUTED = [947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729]
-CURVES, MISSED = ROOT / "scripts" / "records_curves.png", ROOT / "scripts" / "records_missed.png"
+CURVES, MISSED = RESULTS / "records_curves.png", RESULTS / "records_missed.png"
+NOTHING = "Not recorded yet."
 
 
 def recorded():
@@ -19,7 +20,7 @@ def recorded():
 
 
 def collected(folder):
-    """What scripts/records has left in a folder, by recipe: runs and ablation by seed, temperature and curves."""
+    """What scripts/records has written in a folder, by recipe: runs and ablation by seed, temperature and curves."""
     found = {}
     for file in folder.glob("*/calibration.json"):
         place = file.parent
@@ -27,7 +28,7 @@ def collected(folder):
         found[place.name] = {"calibration": json.loads(file.read_text()), "runs": in_order(runs)}
     for place in sorted(folder.glob("*/ablation/*")):
         runs = {path.stem.removeprefix("seed_"): json.loads(path.read_text()) for path in place.glob("seed_*.json")}
-        keys = ("accuracy", "accuracy_one_view", "accuracy_five_views", "error")
+        keys = ("accuracy", "accuracy_tta_1", "accuracy_tta_5", "error")
         about = {key: {name: run[name] for name in keys if name in run} for key, run in in_order(runs).items()}
         found.setdefault(place.parents[1].name, {}).setdefault("ablation", {})[place.name] = about
     return found
@@ -37,8 +38,8 @@ def in_order(runs):
     return {key: runs[key] for key in sorted(runs, key=int)}
 
 
-def written(found):
-    """Take in what was found; a recipe's parts that are not there stay as they are recorded."""
+def update(found):
+    """Record what was found; a recipe's parts that are not among it stay as they are."""
     records = recorded()
     for name, parts in found.items():
         records[name] = {**records.get(name, {}), **parts}
@@ -66,8 +67,12 @@ def median(runs, *keys):
     return statistics.median(sum(run[key] for key in keys) for run in runs.values())
 
 
+def seconds_of(runs):
+    return f"{median(runs, 'train_seconds'):.2f} + {median(runs, 'test_seconds'):.2f}"
+
+
 def claim(records, name):
-    """The line that heads a recipe's YAML."""
+    """The header line of a recipe's YAML."""
     if not records.get(name, {}).get("runs"):
         return ""
     runs = records[name]["runs"]
@@ -75,7 +80,7 @@ def claim(records, name):
     run = next(iter(runs.values()))
     return (
         f"# Measured: test accuracy {mean_sd(percents(runs, 'accuracy'))} % (mean ± sd of {len(runs)}) "
-        f"in {seconds:.2f} s (median) on {run['machine']}; scripts/results."
+        f"in {seconds:.2f} s (median) on {run['machine']}; scripts/tables."
     )
 
 
@@ -93,7 +98,7 @@ def accuracy_table(records):
         cells += [mean_sd(percents(runs, "accuracy_undisputed")), f"{run['parameters']:,}{networks}"]
         cells += [
             run["epochs"],
-            f"{median(runs, 'train_seconds'):.2f} + {median(runs, 'test_seconds'):.2f}",
+            seconds_of(runs),
             f"{adds:,.0f}",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -130,7 +135,7 @@ def ablation_table(records):
             continue
         whole = parts["ablation"]["all"]
         rows = {part: percents(runs, "accuracy") for part, runs in parts["ablation"].items()}
-        for title, key in {"without several views": "one_view", "with five views": "five_views"}.items():
+        for title, key in {"without test-time augmentation": "tta_1", "with tta=5": "tta_5"}.items():
             if (scores := percents(whole, f"accuracy_{key}")) not in ([], rows["all"]):
                 rows[title] = scores
         first = statistics.mean(rows["all"])
@@ -159,15 +164,34 @@ def conditions_table(records):
     return lines
 
 
-def tables(records):
+def front_table(records):
+    """The table of README.md."""
+    lines = [
+        "| recipe | runs | test accuracy, % | lowest–highest | parameters | epochs | seconds: training + scoring |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs in of_runs(records):
+        run, values = next(iter(runs.values())), percents(runs, "accuracy")
+        networks = f" in {run['members']}" if run["members"] > 1 else ""
+        cells = [f"`{name}`", len(runs), mean_sd(values), f"{min(values):.2f}–{max(values):.2f}"]
+        cells += [f"{run['parameters']:,}{networks}", run["epochs"], seconds_of(runs)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def sections(records):
+    """The text of each section of scripts/README.md."""
     if not of_runs(records):
-        return "Not recorded yet."
-    parts = ["\n".join(table(records)) for table in (accuracy_table, calibration_table, conditions_table)]
-    if any("ablation" in part for part in records.values()):
-        parts.append("\n".join(ablation_table(records)))
+        return dict.fromkeys(("records", "calibration", "conditions", "ablations"), NOTHING)
     pictures = {CURVES: "Validation accuracy by epoch", MISSED: "The test digits that the record misses most often"}
-    parts += [f"![{text}]({path.relative_to(ROOT)})" for path, text in pictures.items() if path.exists()]
-    return "\n\n".join(parts)
+    shown = [f"![{text}](results/{path.name})" for path, text in pictures.items() if path.exists()]
+    ablated = any("ablation" in parts for parts in records.values())
+    return {
+        "records": "\n\n".join(["\n".join(accuracy_table(records)), *shown]),
+        "calibration": "\n".join(calibration_table(records)),
+        "conditions": "\n".join(conditions_table(records)),
+        "ablations": "\n".join(ablation_table(records)) if ablated else NOTHING,
+    }
 
 
 def draw():
@@ -177,7 +201,7 @@ def draw():
     from matplotlib.figure import Figure
 
     from mnist_cnn.data.datasets import load
-    from mnist_cnn.inference.plots import INK, _grid
+    from mnist_cnn.inference.plots import INK, image_grid
 
     records = recorded()
     figure = Figure(figsize=(7, 4))
@@ -205,5 +229,5 @@ def draw():
         for index in often
     ]
     title = f"Test digits that {name} misses: index (* disputed), label, how many of its runs"
-    _grid(title, [test.images[index, 0].numpy() for index in often], labels, 10, MISSED, **INK)
+    image_grid(title, [test.images[index, 0].numpy() for index in often], labels, 10, MISSED, **INK)
     return 0

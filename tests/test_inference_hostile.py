@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from test_messages import said
+from conftest import said
 
 import mnist_cnn.predict  # noqa: F401 - what it imports is not of the seconds below
 from mnist_cnn import load_classifier
@@ -112,7 +112,7 @@ def expanded(path, trained, marker):
     def change(content):
         content["mnist_cnn"]["architecture"] = {"blocks": [], "dense": [65536], "initialization": "keras"}
         big = {"dense.0.0.weight": (65536, 784), "dense.0.0.bias": (65536,)}
-        big |= {"logits.weight": (10, 65536), "logits.bias": (10,), "mean": (), "standard_deviation": ()}
+        big |= {"logits.weight": (10, 65536), "logits.bias": (10,), "mean": (), "std": ()}
         content["state_dict"] = {f"network.{name}": torch.zeros(()).expand(size) for name, size in big.items()}
 
     torch.save(changed(trained, change), path)
@@ -204,18 +204,23 @@ def test_a_storage_that_claims_more_than_the_file_has(tmp_path, trained):
 
 
 def test_older_formats_load_and_a_newer_one_says_what_is_needed(trained, tmp_path):
+    def of_format_3(content):
+        content["mnist_cnn"]["format"] = 3
+        content["state_dict"]["network.standard_deviation"] = content["state_dict"].pop("network.std")
+
     def of_format_1(content):
+        of_format_3(content)
         about = content["mnist_cnn"]
         about["format"] = 1
         about.pop("temperature", None)
         for block in about["architecture"]["blocks"]:
             del block["bias"]
 
-    old = changed(trained, of_format_1)
-    torch.save(old, tmp_path / "old.ckpt")
     digits = np.random.default_rng(0).integers(0, 256, (3, 28, 28)).astype(np.uint8)
     expected = load_classifier(trained).probabilities(digits)
-    np.testing.assert_array_equal(load_classifier(tmp_path / "old.ckpt").probabilities(digits), expected)
+    for older in (of_format_1, of_format_3):
+        torch.save(changed(trained, older), tmp_path / "old.ckpt")
+        np.testing.assert_array_equal(load_classifier(tmp_path / "old.ckpt").probabilities(digits), expected)
     for wrong, words in {
         FORMAT + 1: f"format {FORMAT + 1}.*pip install 'mnist-cnn>=",
         0: "no such file",
@@ -255,8 +260,13 @@ def test_a_lambda_layer_is_named_and_not_run(run, tmp_path):
 
 
 def test_refusals_import_no_torch(tmp_path):
-    code = "import sys, mnist_cnn.{0} as m\ntry: m.main()\nfinally: print('torch' in sys.modules)"
-    for name in ("predict", "export", "keras_import", "evaluate"):
+    code = (
+        "import importlib, sys\n"
+        "module = importlib.import_module('mnist_cnn.{0}')\n"
+        "try: module.main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    for name in ("predict", "export", "import", "evaluate"):
         for words in (["--help"], ["+nothing=3"]):
             ended = subprocess.run(
                 [sys.executable, "-c", code.format(name), *words], capture_output=True, text=True, cwd=tmp_path

@@ -1,4 +1,4 @@
-"""Faithfulness, proved against Keras itself in one process: logits, optimizer steps, initial weights.
+"""Equality with Keras itself, in one process: logits, optimizer steps, initial weights, and imported files.
 
 Keras runs on its torch backend; the networks are written as the tutorials write them.
 """
@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CONF, TUTORIALS
+from conftest import CONF, TUTORIALS, said
 from torch.nn import functional as F
 
+from mnist_cnn import load_classifier
 from mnist_cnn.data.datasets import load
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.training.optimizers import KerasAdam, KerasRMSprop
@@ -28,6 +29,7 @@ from mnist_cnn.training.optimizers import KerasAdam, KerasRMSprop
 # Keras brings absl's log handler, which would close pytest's captured stream when Hydra sets up its own logging.
 absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
+layers = keras.layers
 Conv2D, MaxPooling2D = keras.layers.Conv2D, keras.layers.MaxPooling2D
 Dense, Dropout, Flatten = keras.layers.Dense, keras.layers.Dropout, keras.layers.Flatten
 
@@ -211,3 +213,85 @@ def test_initial_weights_have_the_distribution_of_keras(name):
         bound = math.sqrt(6 / (fan_in + fan_out))
         for draw in (values, theirs.ravel()):
             assert kstest(draw, "uniform", args=(-bound, 2 * bound)).pvalue > 1e-4
+
+
+# --- mnist-import ------------------------------------------------------------------------------------------
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (1000, 28, 28)).astype(np.uint8)
+
+
+def assert_equal_after_import(run, model, name, inputs):
+    model.save(name)
+    ended = run("mnist-import", f"keras={name}", "output=imported.ckpt")
+    assert ended.status == 0, ended
+    found = load_classifier("imported.ckpt", "cpu").probabilities(PIXELS, mode="exact")
+    np.testing.assert_allclose(found, model.predict(inputs, verbose=0, batch_size=500), atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["h5", "keras"])
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_tutorials_model_gives_the_same_probabilities(run, name, ending):
+    model = keras.Sequential([keras.Input((28, 28, 1)), *keras_layers(name), Dense(10, activation="softmax")])
+    assert_equal_after_import(run, model, f"model.{ending}", PIXELS[..., None].astype(np.float32) / 255)
+
+
+@pytest.mark.parametrize("ending", ["h5", "keras"])
+def test_rescaling_batch_norm_and_a_functional_model(run, ending):
+    inputs = keras.Input((28, 28, 1))
+    x = Conv2D(8, 3, padding="same")(layers.Rescaling(1 / 127.5, offset=-1.0)(inputs))
+    norm = layers.BatchNormalization()
+    x = MaxPooling2D(2)(layers.ReLU()(norm(x)))
+    model = keras.Model(inputs, layers.Softmax()(Dense(10)(Dropout(0.2)(Flatten()(x)))))
+    norm.set_weights(list(np.random.default_rng(1).uniform(0.5, 1.5, (4, 8)).astype(np.float32)))
+    assert_equal_after_import(run, model, f"model.{ending}", PIXELS[..., None].astype(np.float32))
+
+
+REFUSED = {
+    "AveragePooling2D": lambda: [
+        Conv2D(4, 3, activation="relu"),
+        layers.AveragePooling2D(2, name="odd"),
+        Flatten(),
+    ],
+    "SeparableConv2D": lambda: [layers.SeparableConv2D(4, 3, name="odd"), Flatten()],
+    "tanh": lambda: [Conv2D(4, 3, activation="tanh", name="odd"), Flatten()],
+    "dilation_rate": lambda: [
+        Conv2D(4, 3, activation="relu", dilation_rate=2, name="odd"),
+        Flatten(),
+    ],
+    "use_bias": lambda: [
+        Conv2D(4, 3, activation="relu", use_bias=False, name="odd"),
+        Flatten(),
+    ],
+    "strides": lambda: [
+        Conv2D(4, 3, activation="relu"),
+        MaxPooling2D(3, strides=2, name="odd"),
+        Flatten(),
+    ],
+    "kernel_size": lambda: [Conv2D(4, (3, 5), activation="relu", name="odd"), Flatten()],
+    "without relu": lambda: [Conv2D(4, 3), Flatten(name="odd")],
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_layer_that_cannot_be_expressed_is_named(run, tmp_path, kind):
+    keras.Sequential([keras.Input((28, 28, 1)), *REFUSED[kind](), Dense(10, activation="softmax")]).save("model.keras")
+    said(run("mnist-import", "keras=model.keras", "output=x.ckpt"), "model.keras", "layer odd", kind)
+    assert not (tmp_path / "x.ckpt").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(40), b"\x89HDF\r\n\x1a\n" + bytes(90)])
+@pytest.mark.parametrize("ending", ["h5", "keras"])
+def test_a_file_that_is_none(run, tmp_path, content, ending):
+    (tmp_path / f"model.{ending}").write_bytes(content)
+    said(run("mnist-import", f"keras=model.{ending}", "output=x.ckpt"), f"model.{ending}")
+
+
+def test_weights_in_another_file_are_not_followed(run, tmp_path):
+    h5py = pytest.importorskip("h5py")
+
+    model = keras.Sequential([keras.Input((28, 28, 1)), Flatten(), Dense(10, activation="softmax", name="last")])
+    model.save("model.h5")
+    with h5py.File("model.h5", "r+") as file:
+        del file["model_weights/last"]
+        file["model_weights/last"] = h5py.ExternalLink("secret.h5", "/last")
+    said(run("mnist-import", "keras=model.h5", "output=x.ckpt"), "model.h5", "is a link")

@@ -1,0 +1,257 @@
+"""Networks from plain specifications: counts, shapes, gradients, dropout, checkpoints, and what cannot be built."""
+
+import pytest
+import torch
+import yaml
+from conftest import ARCHITECTURES, CONF, metrics
+from torch import nn
+from torch.nn import functional as F
+
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.data.datasets import load
+from mnist_cnn.models.checkpoint import FORMAT, Description, read_checkpoint, rebuild, save, save_weights
+from mnist_cnn.models.convnet import ConvNet, Dropout, summary
+
+
+def shipped(name):
+    return yaml.safe_load((CONF / "architecture" / f"{name}.yaml").read_text())
+
+
+def test_every_shipped_architecture_is_tested():
+    assert {file.stem for file in (CONF / "architecture").glob("*.yaml")} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(("name", "parameters"), ARCHITECTURES.items())
+def test_parameter_count_is_the_tutorials(name, parameters):
+    network = ConvNet(shipped(name))
+    assert network.parameter_count() == parameters
+    assert sum(row.parameters for row in network.specification.layers()) == parameters
+    assert f"{parameters:,} parameters" in (CONF / "architecture" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_parameter_gets_a_gradient(name):
+    torch.manual_seed(0)
+    network = ConvNet(shipped(name)).train()
+    images = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8)
+    F.cross_entropy(network(images), torch.arange(16) % 10).backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_summary_states_the_shapes_that_the_network_has(name):
+    network = ConvNet(shipped(name)).eval()
+    seen = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.Linear | Dropout):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:])))
+    network(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
+    rows = [row.output for row in network.specification.layers() if row.name != "flatten"]
+    assert [(shape[1], shape[2], shape[0]) if len(shape) == 3 else shape for shape in seen] == rows
+
+
+def test_the_rows_of_tutorial_002():
+    """The tutorial prints its model's summary; these are its rows."""
+    rows = [(row.output, row.parameters) for row in ConvNet(shipped("conv64_128")).specification.layers()]
+    assert rows == [
+        ((26, 26, 64), 640),
+        ((13, 13, 64), 0),
+        ((11, 11, 128), 73_856),
+        ((5, 5, 128), 0),
+        ((3200,), 0),
+        ((128,), 409_728),
+        ((10,), 1_290),
+    ]
+
+
+def test_the_summary_is_a_table_with_a_total():
+    lines = summary(ConvNet(shipped("conv64_128")).specification, 10).splitlines()
+    assert lines[0].split() == ["layer", "output", "shape", "parameters"]
+    assert "(26, 26, 64)" in lines[1]
+    assert lines[-1].split() == ["total", "485,514"]
+
+
+def test_norm_padding_stride_and_dropout():
+    block = {"filters": 8, "kernel": 3, "padding": 1, "stride": 2, "batch_norm": True, "pool": 2, "dropout": 0.1}
+    network = ConvNet({"blocks": [block], "dense": [{"units": 5, "dropout": 0.5}, 7]}, classes=3)
+    kinds = [type(module) for module in network.blocks[0]]
+    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, Dropout]
+    assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 3)
+    rows = network.specification.layers(classes=3)
+    assert sum(row.parameters for row in rows) == network.parameter_count()
+    assert [row.output for row in rows if row.name == "max pool 1"] == [(7, 7, 8)]
+
+
+def test_pooling_before_relu_is_the_tutorials_order_exactly():
+    torch.manual_seed(0)
+    network = ConvNet(shipped("conv64_128")).eval()
+    x = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
+    y = x.float() / 255
+    for block in network.blocks:
+        y = F.max_pool2d(torch.relu(block[0](y)), 2)
+    y = network.logits(network.dense(y.permute(0, 2, 3, 1).flatten(1)))
+    torch.testing.assert_close(network(x), y, rtol=0, atol=1e-6)
+
+
+def test_initialization_of_torch_differs_from_that_of_keras():
+    networks = []
+    for initialization in ("keras", "torch"):
+        torch.manual_seed(0)
+        networks.append(ConvNet({**shipped("conv10"), "initialization": initialization}))
+    keras, other = networks
+    assert not keras.logits.bias.any()
+    assert other.logits.bias.any()
+    bound = (6 / (100 + 10)) ** 0.5
+    assert 0.95 * bound < keras.logits.weight.abs().max() <= bound
+    assert other.logits.weight.abs().max() <= 0.1
+
+
+def test_the_normalisation_figures_travel_with_the_weights():
+    network = ConvNet(shipped("conv10"), mean=33.3, std=78.6)
+    assert {"mean", "std"} <= set(network.state_dict())
+
+
+def test_a_block_without_bias():
+    network = ConvNet({"blocks": [{"filters": 8, "kernel": 3, "bias": False, "batch_norm": True}], "dense": []})
+    assert network.blocks[0][0].bias is None
+    assert network.parameter_count() == 8 * 9 + 16 + (8 * 26 * 26 + 1) * 10
+    assert network.parameter_count() == sum(row.parameters for row in network.specification.layers())
+
+
+# --- oneDNN's layout and dropout ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_onednns_layout_is_the_same_function_with_the_same_gradients(name):
+    specification = shipped(name)
+    specification["blocks"] = [{**block, "dropout": 0.0} for block in specification["blocks"]]
+    specification["dense"] = [d["units"] if isinstance(d, dict) else d for d in specification["dense"]]
+    torch.manual_seed(1)
+    network = ConvNet(specification)
+    images, labels = (tensor[:32] for tensor in load("digits", "unused")[0])
+    found = []
+    for onednn in (False, True):
+        network.onednn = onednn
+        network.zero_grad()
+        logits = network(images)
+        F.cross_entropy(logits, labels).backward()
+        found.append([logits.detach(), *(parameter.grad.clone() for parameter in network.parameters())])
+    assert found[0][0].abs().max() > 0.05
+    for plain, blocked in zip(*found, strict=True):
+        torch.testing.assert_close(blocked, plain, atol=2e-5, rtol=2e-3)
+
+
+def test_onednns_layout_takes_dropout_and_batch_norm():
+    for block in ({"dropout": 0.5}, {"batch_norm": True}):
+        network = ConvNet({"blocks": [{"filters": 4, "kernel": 3, "pool": 2, **block}] * 2, "dense": [8]})
+        network.onednn = True
+        network(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).sum().backward()
+        assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.9])
+def test_dropout_keeps_the_fraction_and_the_mean(fraction):
+    torch.manual_seed(1)
+    x = torch.ones(64, 32, 12, 13).to(memory_format=torch.channels_last).requires_grad_()
+    dropped = Dropout(fraction)(x)
+    kept = (dropped != 0).float()
+    assert kept.mean().item() == pytest.approx(1 - fraction, abs=0.004)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.03)
+    assert kept.mean((0, 2, 3)).std() < 0.02  # in every channel alike
+    assert not torch.equal(dropped, Dropout(fraction)(x))
+    dropped.sum().backward()
+    assert torch.equal(x.grad, dropped)  # the same mask and scale on the way back
+    assert torch.equal(Dropout(fraction).eval()(x), x)
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_rebuilds_its_network(tmp_path):
+    torch.manual_seed(0)
+    network = ConvNet(shipped("conv10"), classes=4, mean=33.3, std=78.6).eval()
+    data = {"name": "mnist", "validation": 0.1, "validation_from": "last", "normalization": "standard", "seed": 1}
+    about = {"format": FORMAT, "architecture": shipped("conv10"), "classes": list("abcd"), "data": data, "versions": {}}
+    state = {f"network.{name}": value for name, value in network.state_dict().items()}
+    save_weights(tmp_path / "x.ckpt", Description.model_validate(about), state)
+    again, description = rebuild(tmp_path / "x.ckpt")
+    assert description.classes == list("abcd")
+    assert description.data.validation == 0.1
+    images = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
+    assert torch.equal(again.eval()(images), network(images))
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_run_begins_from_a_checkpoint_of_an_older_format(run, trained, tmp_path, version):
+    """The buffer std had another name, and format 1 neither a temperature nor blocks that may be without bias."""
+    content, _ = read_checkpoint(trained)
+    about = content["mnist_cnn"]
+    about["format"] = version
+    if version < 3:
+        for block in about["architecture"]["blocks"]:
+            del block["bias"]
+    if version == 1:
+        about.pop("temperature", None)
+    content["state_dict"]["network.standard_deviation"] = content["state_dict"].pop("network.std")
+    save(tmp_path / "old.ckpt", {"state_dict": content["state_dict"], "mnist_cnn": about})
+    for one, other in zip(
+        rebuild(trained)[0].state_dict().values(), rebuild(tmp_path / "old.ckpt")[0].state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other)
+    words = ("data=digits", "epochs=1", "plots=false", "optimizer.lr=1e-12")
+    ended = run("mnist-train", *words, "initialize=old.ckpt")
+    assert (ended.status, read_checkpoint(ended.folder())[1].format) == (0, FORMAT)
+    assert metrics(ended.folder())["val/accuracy"] == pytest.approx(metrics(trained)["val/accuracy"])
+
+
+def test_nothing_is_left_where_a_checkpoint_cannot_be_written(tmp_path):
+    (tmp_path / "whole.ckpt").write_bytes(b"as before")
+    with pytest.raises(OSError, match="nowhere"):
+        save(tmp_path / "nowhere" / "x.ckpt", {})
+    with pytest.raises(Exception, match="pickle"):
+        save(tmp_path / "whole.ckpt", {"function": lambda: None})
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.ckpt"]
+    assert (tmp_path / "whole.ckpt").read_bytes() == b"as before"
+
+
+# --- what cannot be built ----------------------------------------------------------------------------------
+
+REFUSED = [
+    (
+        {"blocks": [{"filters": 8, "kernel": 5, "pool": 2}, {"filters": 8, "kernel": 13}], "dense": []},
+        ["block 2", "12×12×8", "kernel 13"],
+    ),
+    (
+        {"blocks": [{"filters": 8, "kernel": 28}, {"filters": 8, "kernel": 1, "pool": 2}], "dense": []},
+        ["block 2", "1×1×8", "pool 2"],
+    ),
+    ({"blocks": [{"filters": 0, "kernel": 5}], "dense": []}, ["block 1", "28×28×1", "filters=0"]),
+    ({"blocks": [{"kernel": 5}], "dense": []}, ["block 1", "28×28×1", "filters is missing"]),
+    (
+        {"blocks": [{"filters": 8, "kernel": 3}, {"filter": 8, "kernel": 3}], "dense": []},
+        ["block 2", "26×26×8", "filter", "did you mean filters"],
+    ),
+    ({"blocks": [{"filters": 8.5, "kernel": 3}], "dense": []}, ["block 1", "filters=8.5", "integer"]),
+    ({"blocks": [{"filters": True, "kernel": 3}], "dense": []}, ["block 1", "filters=True"]),
+    ({"blocks": [{"filters": 8, "kernel": 3, "dropout": 1.0}], "dense": []}, ["block 1", "dropout=1.0", "less than 1"]),
+    ({"blocks": [{"filters": 8, "kernel": 3, "dropout": float("nan")}], "dense": []}, ["block 1", "finite"]),
+    ({"blocks": ["conv"], "dense": []}, ["block 1", "dictionary"]),
+    ({"blocks": "conv", "dense": []}, ["architecture.blocks='conv'", "list"]),
+    ({"blocks": [], "dense": [0]}, ["units=0", "greater"]),
+    ({"blocks": [], "dense": ["wide"]}, ["'wide'", "number of units"]),
+    ({"blocks": [], "dense": [65536, 65536]}, ["parameters", "at most"]),
+    ({"blocks": []}, ["dense is missing"]),
+    ({"blocks": [], "dense": [], "depth": 3}, ["unknown key depth"]),
+]
+
+
+@pytest.mark.parametrize(("specification", "words"), REFUSED)
+def test_what_cannot_be_built_is_refused_by_block_and_shape(specification, words):
+    with pytest.raises(UserError) as refusal:
+        ConvNet(specification)
+    message = str(refusal.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message

@@ -1,0 +1,322 @@
+"""Commands and run folders: what a command takes and prints, whose folder it is, loggers, and training from Python."""
+
+import csv
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import CONF, on_a_terminal, outcome, said, wait_until
+
+import mnist_cnn
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.runs import folder as runs
+
+QUICK = ("data=digits", "epochs=1", "plots=false", "architecture=conv10")
+METRICS = {
+    *("parameters", "epochs", "tested_epoch", "fit_seconds", "train_seconds", "test_seconds"),
+    *(f"{part}/{figure}" for part in ("train", "val", "test") for figure in ("loss", "accuracy")),
+}
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# --- what a run leaves and prints --------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_contract_says(run):
+    ended = run("mnist-train", "data=digits", "epochs=3")
+    assert (ended.status, ended.err) == (0, "")
+    folder = ended.folder()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?", folder.name)
+    assert folder.parent.parts[-2:] == ("outputs", "train")
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
+    pictures = ("training_digits", "learning_curves", "confusion_matrix", "incorrect_digits", "first_kernels")
+    pictures += ("feature_maps_1", "feature_maps_2", "feature_maps_3")
+    assert files == {
+        *("config.yaml", "metrics.json", "metrics.csv", "train.log", "checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+        *(f"plots/{name}.png" for name in pictures),
+        *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
+    }
+    figures = metrics(folder)
+    assert set(figures) == METRICS
+    assert (figures["parameters"], figures["epochs"]) == (93_322, 3)
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    best = max(rows, key=lambda row: float(row["val/accuracy"]))
+    assert figures["val/accuracy"] == float(best["val/accuracy"])
+    assert figures["tested_epoch"] == int(best["epoch"])
+    assert figures["test/accuracy"] > 0.8
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (recorded["data"]["name"], recorded["seed"]) == ("digits", 1)
+    assert recorded["run"]["overrides"] == ["data=digits", "epochs=3"]
+    assert recorded["run"]["versions"]["mnist-cnn"] == "0.2.0"
+    assert "git_commit" in recorded["run"]
+
+
+def test_output_is_plain_lines_that_say_what_matters(run):
+    out = run("mnist-train", "data=digits", "epochs=2", "plots=false").out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", out)
+    for words in ("(1293, 1, 28, 28)", "(144, 1, 28, 28)", "(360, 1, 28, 28)", "(26, 26, 32)", "93,322"):
+        assert words in out
+    assert len(re.findall(r"^epoch \d/2  loss", out, flags=re.MULTILINE)) == 2
+    assert re.search(r"test loss [\d.]+, accuracy [\d.]+% \(95 % interval [\d.]+% to [\d.]+%, 360 digits\)", out)
+    for noise in ("GPU available", "Tip", "Warning", "litlogger", "Trainer.fit", "workers"):
+        assert noise not in out
+
+
+def test_a_terminal_gets_a_bar_with_loss_and_accuracy(start):
+    words = (*QUICK, "architecture=conv64_128")  # an epoch takes longer than from one look at the bar to the next
+    status, shown = on_a_terminal(start, 100, "-m", "mnist_cnn.train", *words)
+    assert status == 0
+    assert re.search(rb"epoch 1/1:.*loss \d\.\d+, accuracy [\d.]+%", shown)
+
+
+def test_the_reader_of_the_output_may_go(tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m mnist_cnn.train {' '.join(QUICK)} hydra.run.dir=run | head -1"
+    ended = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert metrics(tmp_path / "run")
+
+
+# --- whose folder it is ------------------------------------------------------------------------------------
+
+
+def test_another_runs_folder_is_never_written_to(run):
+    folder = run("mnist-train", *QUICK).folder()
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    said(run("mnist-train", *QUICK, "seed=9", f"hydra.run.dir={folder}"), f"resume={folder}")
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert run("mnist-train", *QUICK).folder() != folder
+
+
+def test_the_users_own_files_stay_and_our_leftovers_go(run, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "checkpoints").mkdir(parents=True)
+    own = [".1.notes", ".env", ".12.last.ckpt", "notes.txt", ".mnist_cnn-notes", "checkpoints/.3.keep"]
+    for name in own:
+        (folder / name).write_text("mine")
+    (folder / ".mnist_cnn-0123abcd-metrics.csv").write_text("half")  # of a process that was killed at it
+    assert run("mnist-train", *QUICK, "hydra.run.dir=mine").status == 0
+    assert all((folder / name).read_text() == "mine" for name in own)
+    assert not list(folder.rglob(".mnist_cnn-????????-*"))
+    assert not (folder / ".lock").exists()
+
+
+def test_two_processes(run, tmp_path, trained):
+    (tmp_path / "new").mkdir()
+    with runs.alone_in(tmp_path / "new"):
+        said(run("mnist-train", *QUICK, "hydra.run.dir=new"), "another process trains in this folder; wait for it")
+        assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    assert run("mnist-train", *QUICK, "hydra.run.dir=new").status == 0
+
+
+def test_of_two_starts_in_one_folder_one_trains_and_the_other_removes_nothing(start, tmp_path):
+    words = ("-m", "mnist_cnn.train", *QUICK, "hydra.run.dir=run")
+    both = [start(*words), start(*words)]
+    ends = sorted((outcome(process) for process in both), key=lambda ended: ended.status)
+    assert ends[0].status == 0, ends
+    said(ends[1], "run")
+    assert metrics(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {".hydra", "train.log", "config.yaml", "checkpoints"}
+
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.runs.folder import claim, discard
+while time.time() < float(sys.argv[1]):
+    pass
+for number in range(200):
+    try:
+        folder = claim(Path(f"{number}"), by_user=True)
+    except UserError:
+        print("lost", number)
+        continue
+    if number % 2:
+        Path(folder, sys.argv[2]).touch()
+        time.sleep(0.001)
+        assert Path(folder, sys.argv[2]).exists()
+        discard(folder)
+    else:
+        Path(folder, "config.yaml").touch(exist_ok=False)
+        print("won", number)
+"""
+
+
+def test_a_folder_has_one_owner_however_close_two_claims_are(start, tmp_path):
+    """Even numbers are kept by the first that comes; odd ones are given up at once, with none of another's files."""
+    moment = str(time.time() + 3)
+    ends = [outcome(process) for process in [start("-c", CLAIM, moment, name) for name in ("a", "b")]]
+    assert [ended.status for ended in ends] == [0, 0], ends
+    won = sorted(int(line.split()[1]) for ended in ends for line in ended.out.splitlines() if line.startswith("won"))
+    assert won == list(range(0, 200, 2))
+
+
+def test_a_folder_that_a_command_made_for_nothing_goes_again(run, tmp_path):
+    said(run("mnist-evaluate", "checkpoint=nowhere"), "checkpoint nowhere does not exist")
+    said(run("mnist-train", *QUICK, "initialize=nowhere", "hydra.run.dir=new"), "checkpoint nowhere does not exist")
+    (tmp_path / "mine").mkdir()
+    said(run("mnist-train", *QUICK, "initialize=nowhere", "hydra.run.dir=mine"), "checkpoint nowhere does not exist")
+    assert not list(tmp_path.glob("outputs/*/*"))
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_what_a_killed_process_was_writing_never_has_the_files_name(tmp_path):
+    with runs.whole(tmp_path / "b.txt") as temporary:
+        temporary.write_text("half")
+        assert (temporary.suffix, [path.name for path in tmp_path.iterdir()]) == (".txt", [temporary.name])
+    with pytest.raises(OSError, match="no room"):
+        write_with_no_room(tmp_path / "c.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]
+    runs.write_whole(tmp_path / "a.txt", "whole")
+    assert oct((tmp_path / "a.txt").stat().st_mode & 0o777) == oct(0o666 & ~umask())
+
+
+def write_with_no_room(path):
+    with runs.whole(path):
+        raise OSError("no room")
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# --- loggers -----------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_the_figures(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run("mnist-train", *QUICK, "logger=tensorboard", "epochs=2").folder()
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    names = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/accuracy"}
+    assert names <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("train/loss")) == 2
+
+
+def test_mlflow_gets_the_figures(run):
+    import mlflow
+
+    folder = run("mnist-train", *QUICK, "logger=mlflow").folder()
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("mnist_cnn")
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert logged.data.metrics["test/accuracy"] == metrics(folder)["test/accuracy"]
+
+
+def test_wandb_offline_gets_the_figures(run, monkeypatch):
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # seconds for its own process to start
+    ended = run("mnist-train", *QUICK, "logger=wandb", "logger.offline=true")
+    assert ended.status == 0
+    assert list(ended.folder().glob("wandb/offline-run-*/*.wandb"))
+
+
+# --- from Python -------------------------------------------------------------------------------------------
+
+
+def test_train_from_python_returns_what_it_writes(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those of the commands in the tests before
+    returned = mnist_cnn.train(QUICK)
+    (folder,) = (tmp_path / "outputs" / "train").iterdir()
+    assert returned == metrics(folder)
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(UserError, match="did you mean epochs"):
+        mnist_cnn.train(["epoch=3"])
+    with pytest.raises(UserError, match="another run's folder"):
+        mnist_cnn.train([*QUICK, f"hydra.run.dir={folder}"])
+    assert len(list((tmp_path / "outputs" / "train").iterdir())) == 1
+
+
+def test_train_from_python_takes_a_whole_configuration(tmp_path, monkeypatch):
+    from hydra import compose, initialize_config_dir
+
+    monkeypatch.chdir(tmp_path)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", list(QUICK))
+    first, second = mnist_cnn.train(config), mnist_cnn.train(QUICK)
+    untimed = [{k: v for k, v in figures.items() if not k.endswith("_seconds")} for figures in (first, second)]
+    assert untimed[0] == untimed[1]
+
+
+@pytest.mark.parametrize("order", ["import mnist_cnn.train", "from mnist_cnn import load_classifier"])
+def test_train_is_a_function_whatever_was_imported_first(order):
+    code = f"{order}\nfrom mnist_cnn import train\nassert callable(train)"
+    subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], check=True)
+
+
+# --- Hydra's own powers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "export", "sweep"])
+def test_help_is_ours_and_imports_no_torch(verb, tmp_path):
+    code = f"import sys, mnist_cnn.{verb} as c\ntry: c.main()\nfinally: assert 'torch' not in sys.modules, 'torch'"
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert f"mnist-{verb}" in ended.stdout
+    assert verb == "export" or "accelerator: auto, cpu, cuda" in ended.stdout
+
+
+def test_cfg_job_prints_the_configuration(run, tmp_path):
+    ended = run("mnist-train", "--cfg", "job", "experiment=conv64_128")
+    assert ended.status == 0
+    assert yaml.safe_load(ended.out)["data"]["batch_size"] == 64
+    assert not list(tmp_path.iterdir())
+
+
+def test_tab_completion_knows_groups_and_keys(monkeypatch, run):
+    monkeypatch.setenv("COMP_LINE", "mnist-train architecture=conv")
+    assert "architecture=conv64_128" in run("mnist-train", "-sc", "query=bash").out.split()
+    monkeypatch.setenv("COMP_LINE", "mnist-train data.batch")
+    assert "data.batch_size=" in run("mnist-train", "-sc", "query=bash").out.split()
+
+
+def test_a_users_own_config_directory(run, tmp_path):
+    (tmp_path / "mine" / "architecture").mkdir(parents=True)
+    own = "blocks: [{filters: 3, kernel: 7, pool: 4}]\ndense: []\ninitialization: torch\n"
+    (tmp_path / "mine" / "architecture" / "tiny.yaml").write_text(own)
+    ended = run("mnist-train", "--config-dir", "mine", *QUICK, "architecture=tiny")
+    assert ended.status == 0
+    assert metrics(ended.folder())["parameters"] == 3 * 49 + 3 + 75 * 10 + 10
+
+
+def test_paths_with_special_characters_mean_themselves(run, tmp_path):
+    odd = tmp_path / "a run, b=1 (x)"
+    assert run("mnist-train", *QUICK, f"hydra.run.dir={tmp_path / 'run'}").status == 0
+    (tmp_path / "run").rename(odd)
+    assert "finished already" in run("mnist-train", f"resume={odd}").out
+
+
+def test_ctrl_c_while_the_command_line_is_read_ends_without_a_traceback(start):
+    code = (
+        "import argparse, os, signal, sys; from mnist_cnn.train import main; sys.argv = ['mnist-train', 'epochs=1']\n"
+        "argparse._re.sub = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "argparse.ArgumentParser.format_usage = lambda parser: argparse._re.sub('', '', '')\n"
+        "main()"
+    )
+    ended = outcome(start("-c", code))
+    assert (ended.status, ended.err) == (-signal.SIGINT, "")
+
+
+def test_a_signal_ends_python_m_with_its_status_and_the_way_on(start, tmp_path):
+    process = start("-m", "mnist_cnn.train", *QUICK, "epochs=9999", "hydra.run.dir=run")
+    wait_until(lambda: process.poll() is not None or (tmp_path / "run" / "checkpoints" / "last.ckpt").exists())
+    process.send_signal(signal.SIGTERM)
+    ended = outcome(process)
+    assert ended.status == 143
+    assert ended.err == f"stopped by SIGTERM; continue with: mnist-train resume={tmp_path / 'run'}\n"
