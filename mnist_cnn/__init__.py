@@ -1,7 +1,7 @@
 """PyTorch Lightning and Hydra for MNIST convnets.
 
-`train` and `load_classifier` do what the commands do. `DigitClassifier`, `MNISTDataModule` and `ConvNet` are the Lightning
-module, the data module and the network, for a `pl.Trainer` of your own.
+`train` and `load_classifier` do what the commands do. `DigitClassifier`, `MNISTDataModule` and `ConvNet` are a
+LightningModule, a LightningDataModule and a network, for a `pl.Trainer` of your own.
 """
 
 import importlib

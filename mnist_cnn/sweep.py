@@ -87,27 +87,20 @@ def search(settings: SweepSettings) -> None:
     from mnist_cnn.search.study import Worker
 
     with stopped_by_signals() as stop:
+        shared = open_study(settings, space, name)
         if PARENT in os.environ:  # a local worker: the command that began it says what there is to say
             end_with_parent(int(os.environ[PARENT]))
             check_machine(settings)
-            Worker(open_study(settings, space, name), space, total, stop, lambda: None).run()
+            Worker(shared, space, total, stop, lambda: None).run()
         else:
-            shared = open_study(settings, space, name)
-            progress = Progress(shared, total)
             shared.fill(total)
-            if len(progress.told) >= total:
-                pass
-            elif settings.workers > 1:
+            progress = Progress(shared, total)
+            if len(progress.told) < total and settings.workers > 1:
                 run_workers(settings, shared.folder, stop, progress.look)
-            else:
+            elif len(progress.told) < total:
                 check_machine(settings)
                 Worker(shared, space, total, stop, progress.look).run()
-            progress.look()
-            if stop.is_set():
-                name = signal.Signals(stop.signum).name
-                log.error("stopped by %s: %s; the same command continues", name, progress.state())
-            elif len(progress.told) < total:
-                raise RunError(f"{progress.state()}; the same command continues")
+            progress.conclude(stop.signum)
     if stop.is_set():
         raise SystemExit(128 + stop.signum)
     if PARENT not in os.environ:
@@ -176,18 +169,12 @@ def check_machine(settings: SweepSettings) -> None:
 # --- local workers -------------------------------------------------------------------------------------------
 
 
-def run_workers(settings: SweepSettings, folder: Path, stop: Stop, look: Callable[[], None]) -> None:
+def start_workers(settings: SweepSettings, folder: Path) -> dict[int, tuple[subprocess.Popen[bytes], Path]]:
     """Local processes of the same command with `workers=1`, their part of the threads, and one GPU each.
 
     Args:
         settings: of the command.
         folder: of the study; a worker's own messages go to workers/ there.
-        stop: ends the workers, each with its trial saved and given back.
-        look: called now and then: there may be something to tell.
-
-    Raises:
-        UserError: a worker refused the settings.
-        RunError: a worker failed.
     """
     words = [word for word in sys.argv[1:] if override_key(word) != "workers"] + ["workers=1"]
     threads = settings.accelerator.threads or threads_of_job(settings.workers)
@@ -198,30 +185,47 @@ def run_workers(settings: SweepSettings, folder: Path, stop: Stop, look: Callabl
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     gpus = [] if settings.accelerator.name == "cpu" else visible_gpus()
     (folder / "workers").mkdir(exist_ok=True)
-    processes: dict[int, tuple[subprocess.Popen[bytes], Path]] = {}
+    workers = {}
     for number in range(1, settings.workers + 1):
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
+        own = {"CUDA_VISIBLE_DEVICES": gpus[(number - 1) % len(gpus)]} if gpus else {}
         messages = folder / "workers" / f"{socket.gethostname()}_{number}.log"
         command = [sys.executable, "-P", "-m", "mnist_cnn.sweep", *words]
         with messages.open("ab") as file:
             # In a group of its own: a terminal's Ctrl-C comes here alone, and each worker hears of it once.
-            process = subprocess.Popen(command, env=dict(environment), stdout=file, stderr=file, process_group=0)
-        processes[number] = process, messages
-    told, failure = False, None
-    while processes:
-        time.sleep(0.3)
-        if (stop.is_set() or failure) and not told:
-            told = True
-            for process, _ in processes.values():
+            process = subprocess.Popen(command, env=environment | own, stdout=file, stderr=file, process_group=0)
+        workers[number] = process, messages
+    return workers
+
+
+def run_workers(settings: SweepSettings, folder: Path, stop: Stop, look: Callable[[], None]) -> None:
+    """Have local processes run the trials; one that is killed is reported, and the others go on.
+
+    Args:
+        settings: of the command.
+        folder: of the study.
+        stop: ends the workers, each with its trial saved and given back.
+        look: called now and then: there may be something to tell.
+
+    Raises:
+        UserError: a worker refused the settings.
+        RunError: a worker failed.
+    """
+    workers = start_workers(settings, folder)
+    ending, failure = False, None
+    while workers:
+        time.sleep(0.5)
+        if (stop.is_set() or failure) and not ending:
+            ending = True
+            for process, _ in workers.values():
                 process.send_signal(stop.signum or signal.SIGTERM)
-        for number, (process, messages) in list(processes.items()):
+        for number, (process, messages) in list(workers.items()):
             if (status := process.poll()) is None:
                 continue
-            del processes[number]
-            if status < 0:
-                log.warning("worker %d was ended by %s", number, signal.Signals(-status).name)
-            elif status and not told:
+            del workers[number]
+            signum = -status if status < 0 else max(0, status - 128)
+            if signum and not ending:
+                log.warning("worker %d was ended by %s", number, signal.Signals(signum).name)
+            elif status and not ending and failure is None:
                 failure = last_error(messages, status)
         look()
     if failure:

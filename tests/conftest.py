@@ -181,7 +181,9 @@ def equal(first: Path, second: Path) -> None:
     import torch
 
     def result(folder: Path):
-        kept = {name: torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("best", "last")}
+        kept = {
+            name: torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("best", "last")
+        }
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         return untimed({**kept, "metrics.csv": rows, "metrics.json": metrics(folder)})
 

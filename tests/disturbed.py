@@ -1,7 +1,7 @@
 """An optimizer by which a run disturbs itself at an exact step, whatever the machine's speed.
 
-`optimizer._target_=disturbed.Adam +optimizer.signum=9 +optimizer.at=30 +optimizer.done=/path`: SIGKILL in the 30th step;
-the file at the path says that it was done, so that the run that goes on is left alone. Of several ranks, the one whose
+`optimizer._target_=disturbed.Adam +optimizer.signum=9 +optimizer.at=30 +optimizer.done=/path`: SIGKILL in step 30.
+The file at the path says that it was done, so that the run that goes on is left alone. Of several ranks, the one whose
 number is `rank`; the signal goes to `pid` where that is given. An environment's `DISTURB=9 30 /path` says the same.
 """
 
@@ -34,13 +34,13 @@ class Adam(torch.optim.Adam):
 
 
 class Failing(torch.optim.Adam):
-    """Rank 1 raises in its second step."""
+    """Rank 1 raises in its fifth step; two were tried before training begins."""
 
     steps = 0
 
     def step(self, closure=None):
         self.steps += 1
-        if self.steps == 2 and os.environ.get("RANK") == "1":
+        if self.steps == 5 and os.environ.get("RANK") == "1":
             raise ValueError("something odd")
         return super().step(closure)
 

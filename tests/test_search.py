@@ -61,16 +61,12 @@ def refused(ended, *words, status=2):
 
 
 @pytest.fixture(autouse=True)
-def not_drawn(request, monkeypatch):
-    """Pictures take seconds: they are drawn in the tests that are about them."""
-    if "drawn" not in request.fixturenames:
+def not_drawn():
+    """Pictures take seconds: a test that is about them undoes this."""
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("write_page", "write_pictures"):
-            monkeypatch.setattr(report, name, lambda *_: None)
-
-
-@pytest.fixture
-def drawn():
-    """Asks for the pictures."""
+            patch.setattr(report, name, lambda *_: None)
+        yield patch
 
 
 @pytest.fixture(scope="module")
@@ -100,20 +96,10 @@ def space(tmp_path):
 # --- a study from its beginning to its end -------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("drawn")
 def test_a_study_leaves_what_the_readme_says_and_the_same_command_continues_it(run, tmp_path):
     ended = run(*SWEEP, "trials=3", *RANDOM)
     assert (ended.status, ended.err) == (0, "")
     study = tmp_path / "study"
-    assert {path.name for path in study.iterdir()} == {
-        *("study.yaml", "study.db", "trials", "trials.csv", "experiment", "report.html", "pictures"),
-    }
-    assert {path.name for path in (study / "pictures").iterdir()} == {
-        f"{name}.png" for name in ("history", "importances", "parallel_coordinate", "slice", "study")
-    }
-    page = (study / "report.html").read_text()
-    assert page.count('class="plotly-graph-div"') == 4
-    assert not re.search(r'<(script|link)[^>]+(src|href)="?http', page)
     assert len(re.findall(r"^\d/3  trial \d  [\d.]+%  .* s  optimizer.lr=", ended.out, flags=re.MULTILINE)) == 3
     assert "3 of 3 trials done (0 pruned, 0 failed), 0 running; best" in ended.out
     assert re.search(r"\nbest: trial \d  [\d.]+%  optimizer.lr=[\d.e-]+\nstudy\n$", ended.out)
@@ -233,7 +219,7 @@ def test_a_sampler_with_a_seed_gives_each_trial_its_own_whichever_process_begins
     assert run(*words, "folder=one", "trials=6").status == 0
     rates = [row["optimizer.lr"] for row in rows(tmp_path / "one")]
     assert len(set(rates)) == 6
-    for total in (2, 3, 6):  # begun anew twice
+    for total in (2, 6):  # begun anew
         assert run(*words, "folder=other", f"trials={total}").status == 0
     assert [row["optimizer.lr"] for row in rows(tmp_path / "other")] == rates
     refused(run(*words, "folder=one", "trials=9", "sampler.seed=x"), "sampler.seed=x: must be a whole number")
@@ -245,21 +231,21 @@ def test_a_grid_is_dealt_out_to_all_processes(run, tmp_path, space, quick_trials
         "sampler._target_=optuna.samplers.GridSampler",
         "+sampler.search_space={optimizer.lr: [0.001, 0.004, 0.01]}",
     )
-    for total in (1, 2, 50):
+    for total in (1, 50):
         assert run(*command, *grid, f"trials={total}").status == 0
     assert sorted(row["optimizer.lr"] for row in rows(tmp_path / "study")) == ["0.001", "0.004", "0.01"]
 
 
-@pytest.mark.usefixtures("drawn")
-def test_any_study_can_be_drawn(tmp_path):
+def test_any_study_can_be_drawn(tmp_path, not_drawn):
     """Trials without an error, of which there is no logarithm; parameters of one value; labels that are long."""
+    not_drawn.undo()
     study = optuna.create_study(direction="maximize")
     lists = optuna.distributions.CategoricalDistribution(["[{filters:32,kernel:3},{filters:64,kernel:3}]", None])
     space = {"blocks": lists, "dropout": optuna.distributions.FloatDistribution(0.3, 0.3)}
-    for number, values in enumerate([(0.99,), (1.0, 1.0, 0.97, None), (0.5, 0.4)]):
+    for number, values in enumerate([(1.0, 1.0, 0.97, None), (0.5, 0.4)]):
         for value in values:
             trial = study.ask(
-                space if number < 2 else {"lr": optuna.distributions.FloatDistribution(1e-4, 1, log=True)}
+                space if number < 1 else {"lr": optuna.distributions.FloatDistribution(1e-4, 1, log=True)}
             )
             study.tell(trial, value, TrialState.COMPLETE if value else TrialState.FAIL)
         drawn = report.Drawn(SimpleNamespace(metric="val/accuracy", trials=study.get_trials))
@@ -270,22 +256,29 @@ def test_any_study_can_be_drawn(tmp_path):
         assert "&lt;a title&gt;" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.usefixtures("drawn")
-def test_a_report_at_any_time_and_the_best_trained_again_without_the_users_folder(run, tmp_path, space):
+def test_a_report_at_any_time_and_the_best_trained_again_without_the_users_folder(run, tmp_path, space, not_drawn):
     command = space(optimizer__lr={"type": "float", "low": 0.001, "high": 0.003})
     (tmp_path / "own" / "architecture").mkdir()
     (tmp_path / "own" / "architecture" / "small.yaml").write_text(
         "blocks: [{filters: 4, kernel: 5, pool: 2}]\ndense: []\n"
     )
     assert run(*command, "architecture=small", "trials=2", "+sampler.seed=1").status == 0
-    for name in ("trials.csv", "report.html", "experiment/best.yaml"):
+    for name in ("trials.csv", "experiment/best.yaml"):
         (tmp_path / "study" / name).unlink()
+    not_drawn.undo()
     before = files(tmp_path / "study" / "trials")
     ended = run("mnist-sweep", "report=study")
     assert (ended.status, ended.err) == (0, "")
     assert "2 of 2 trials done" in ended.out
     assert ended.folder() == Path("study")
-    assert (tmp_path / "study" / "report.html").exists()
+    study = tmp_path / "study"
+    names = {"study.yaml", "study.db", "trials", "trials.csv", "experiment", "report.html", "pictures"}
+    assert {path.name for path in study.iterdir()} == names
+    names = {f"{name}.png" for name in ("history", "importances", "parallel_coordinate", "slice", "study")}
+    assert {path.name for path in (study / "pictures").iterdir()} == names
+    page = (study / "report.html").read_text()
+    assert page.count('class="plotly-graph-div"') in (3, 4)  # of two trials that tie there are no importances
+    assert not re.search(r'<(script|link)[^>]+(src|href)="?http', page)
     ended = run("mnist-train", "--config-dir", "study", "experiment=best", "plots=false")
     assert metrics(ended.folder())["parameters"] == metrics(tmp_path / "study" / "trials" / "0000")["parameters"]
     ended = run("mnist-sweep", "retrain=study")
@@ -457,11 +450,11 @@ def work(url, folder, total):
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_a_study_has_exactly_its_trials_however_its_processes_are_killed(tmp_path, kind, request):
-    """Eight commands begin at the same moment; each is killed twice and begun anew."""
+    """Five commands begin at the same moment; each is killed twice and begun anew."""
     url = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else request.getfixturevalue("server").url
     forked = multiprocessing.get_context("fork")  # Optuna is loaded already
     for start in range(3):
-        workers = [forked.Process(target=work, args=(url, tmp_path, 60), daemon=True) for _ in range(8)]
+        workers = [forked.Process(target=work, args=(url, tmp_path, 24), daemon=True) for _ in range(5)]
         for worker in workers:
             worker.start()
         for worker in workers if start < 2 else ():
@@ -469,12 +462,12 @@ def test_a_study_has_exactly_its_trials_however_its_processes_are_killed(tmp_pat
             worker.kill()
         for worker in workers:
             worker.join(PATIENCE)
-    assert [worker.exitcode for worker in workers] == [0] * 8
+    assert [worker.exitcode for worker in workers] == [0] * 5
     shared = open_quickly(url, tmp_path)
     counts = shared.counts()
-    assert counts["complete"] == 60
+    assert counts["complete"] == 24
     assert counts.keys() <= {"complete", "again", "surplus"}
-    assert len({trial.params["x"] for trial in shared.finished()}) == 60
+    assert len({trial.params["x"] for trial in shared.finished()}) == 24
 
 
 def test_trials_that_two_processes_add_or_repeat_at_the_same_moment_are_one_too_many(tmp_path):
@@ -488,7 +481,7 @@ def test_trials_that_two_processes_add_or_repeat_at_the_same_moment_are_one_too_
 
 
 def test_a_study_on_postgresql_keeps_its_password_to_itself(run, tmp_path, server):
-    words = (*SWEEP, "trials=2", "study=with_password")
+    words = (*SWEEP, "trials=1", "study=with_password")
     ended = run(*words, f"storage={server.url}")
     assert ended.status == 0
     for file in (tmp_path / "study").rglob("*"):
@@ -577,49 +570,47 @@ def workers_of(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def test_workers_that_are_killed_and_begun_anew_by_the_same_command(start, tmp_path):
-    words = (*COMMAND, *SWEEP[1:], "trials=8", "workers=2", "epochs=4", "heartbeat=1", "+sampler.seed=1")
+def test_workers_that_are_killed_or_told_to_end_are_begun_anew_by_the_same_command(start, tmp_path):
+    words = (*COMMAND, *SWEEP[1:], "trials=5", "workers=2", "epochs=3", "heartbeat=1", "+sampler.seed=1")
     study = tmp_path / "study"
-    process = start(*words)
-    wait_until(lambda: process.poll() is not None or len(list(study.glob("trials/*/metrics.csv"))) >= 2)
-    for worker in workers_of(process):
-        os.kill(worker, signal.SIGKILL)
-    status, _, err = outcome(process)
-    assert status == 1
-    assert len(re.findall(r"^worker [12] was ended by SIGKILL$", err, flags=re.MULTILINE)) == 2
-    assert re.search(r"^error: \d of 8 trials done .*; the same command continues$", err, flags=re.MULTILINE)
+    parent = start(*words)
+    wait_until(lambda: parent.poll() is not None or len(list(study.glob("trials/*/metrics.csv"))) >= 2)
+    workers = workers_of(parent)
+    os.kill(workers[0], signal.SIGKILL)
+    wait_until(lambda: len(workers_of(parent)) == 1)
+    parent.send_signal(signal.SIGTERM)
+    status, _, err = outcome(parent)
+    assert status == 143
+    assert re.fullmatch(
+        r"worker 1 was ended by SIGKILL\n"
+        r"stopped by SIGTERM: \d of 5 trials done .*; the same command continues\n",
+        err,
+    )
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     status, out, err = outcome(start(*words))
     assert (status, err) == (0, "")
     assert re.search(r"\nbest: trial \d", out)
     found = rows(study)
-    assert sum(row["state"] in ("complete", "pruned") for row in found) == 8
-    assert {row["state"] for row in found} <= {"complete", "pruned", "again"}
-    assert 8 < len(found) <= 10
+    assert sorted({row["state"] for row in found} - {"pruned"}) == ["again", "complete"]
     ended = [row for row in found if row["state"] != "again"]
-    assert len({row["folder"] for row in ended}) == len({row["optimizer.lr"] for row in ended}) == 8
+    assert len({row["folder"] for row in ended}) == len({row["optimizer.lr"] for row in ended}) == len(ended) == 5
     again = next(row for row in found if row["state"] == "again")
     assert again["folder"] in {row["folder"] for row in ended}
     config = yaml.safe_load((study / again["folder"] / "config.yaml").read_text())
     assert config["accelerator"]["threads"] == 1
 
 
-def test_a_signal_ends_the_workers_as_well(start, tmp_path):
-    parent = start(*COMMAND, *SWEEP[1:], "trials=50", "workers=2", "epochs=9999")
-    both = lambda: len(list((tmp_path / "study").glob("trials/*/metrics.csv"))) == 2  # noqa: E731
-    wait_until(lambda: parent.poll() is not None or both())
-    workers = workers_of(parent)
-    parent.send_signal(signal.SIGTERM)
-    status, _, err = outcome(parent)
-    assert status == 143
-    assert err == (
-        "stopped by SIGTERM: 0 of 50 trials done (0 pruned, 0 failed), 0 running; the same command continues\n"
-    )
-    assert len(workers) == 2
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    assert {trial.state for trial in trials(tmp_path / "study")} == {TrialState.WAITING}
+def test_a_machine_without_the_data_says_so_once_and_costs_no_trial(run, tmp_path, monkeypatch):
+    words = (*SWEEP, "trials=4", "data=mnist", "data.root=/dev/null/data")
+    refused(run(*words), "/dev/null/data cannot be written")
 
+    class Refused:
+        def __init__(self, command, env, stdout, **_):
+            stdout.write(b"a warning\nerror: /dev/null/data cannot be written\n")
 
-def test_a_worker_that_cannot_begin_says_why_once(run, tmp_path):
-    ended = run(*SWEEP, "workers=2", "trials=4", "data=mnist", "data.root=/dev/null/data")
-    refused(ended, "/dev/null/data cannot be written")
+        def poll(self):
+            return 2
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Refused)
+    refused(run(*words, "workers=3"), "error: /dev/null/data cannot be written")
     assert {trial.state for trial in trials(tmp_path / "study")} == {TrialState.WAITING}

@@ -12,7 +12,6 @@ import yaml
 from conftest import NETWORK, QUICK, STEPS, equal, metrics, outcome, said, same, wait_until, weights
 
 from mnist_cnn.models.checkpoint import read_checkpoint
-from mnist_cnn.runs import folder as runs
 from mnist_cnn.training import callbacks
 from mnist_cnn.training.module import DigitClassifier
 
@@ -304,16 +303,6 @@ def test_out_of_memory_names_batch_size_and_network(run, monkeypatch):
 
 
 # --- what resume= takes --------------------------------------------------------------------------------------
-
-
-def test_two_processes_on_one_folder(run, tmp_path, failing):
-    failing(2, no_room)
-    begin(run)
-    with runs.alone_in(tmp_path / "run"):
-        said(run("mnist-train", "resume=run"), "run", "another process trains in this folder")
-    (tmp_path / "new").mkdir()
-    with runs.alone_in(tmp_path / "new"):
-        said(run("mnist-train", *SETTINGS, "hydra.run.dir=new"), "new", "another process trains in this folder")
 
 
 def test_every_differing_key_is_named(run, tmp_path, failing):

@@ -67,7 +67,7 @@ current: Sweep | None = None
 
 
 class MultirunCallback(Callback):
-    """Hydra's hooks of a sweep: check all jobs and claim the folder; a line for each worker's job; a table at the end."""
+    """Hydra's hooks of a sweep: all jobs checked, the folder claimed, a line for a worker's job, a table at the end."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         global current

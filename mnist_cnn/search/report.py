@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from mnist_cnn.config.schema import RunError
 from mnist_cnn.config.settings import CONF
 from mnist_cnn.runs.folder import whole, write_csv, write_whole
 from mnist_cnn.search.space import NOT_SEARCHED, text, with_config_dir
@@ -72,7 +74,7 @@ class Progress:
         self.shared, self.total = shared, total
         self.told = {trial.number for trial in shared.finished()}
         if self.told:
-            log.info("continuing: %s", self.state())
+            log.info("continuing: %s", state(shared, total))
 
     def look(self) -> None:
         ended = [trial for trial in self.shared.finished() if trial.number not in self.told]
@@ -81,8 +83,18 @@ class Progress:
             line = f"{len(self.told)}/{self.total}  trial {trial.number}  {outcome(self.shared, trial)}"
             log.info("%s  %s", line, parameters(trial))
 
-    def state(self) -> str:
-        return state(self.shared, self.total)
+    def conclude(self, signum: int) -> None:
+        """Say what is left, after signal `signum` or none.
+
+        Raises:
+            RunError: no signal came, and trials are left: their workers were killed.
+        """
+        self.look()
+        left = f"{state(self.shared, self.total)}; the same command continues"
+        if signum:
+            log.error("stopped by %s: %s", signal.Signals(signum).name, left)
+        elif len(self.told) < self.total:
+            raise RunError(left)
 
 
 def state(shared: SharedStudy, total: int) -> str:
@@ -236,7 +248,8 @@ def write_page(drawn: Drawn, title: str, about: str, file: Path) -> None:
     slices = visualization.plot_slice(drawn.study, target_name=drawn.name).update_yaxes(**axis)
     slices.update_annotations(font_size=11)
     parallel = visualization.plot_parallel_coordinate(drawn.study, target=_log10, target_name=drawn.name)
-    parallel.update_traces(marker_colorbar={"tickvals": np.log10(places), "ticktext": labels})
+    colorbar = {"tickvals": np.log10(places), "ticktext": labels}
+    parallel.update_traces(marker_colorbar=colorbar, selector={"mode": "markers"})
     parallel.for_each_annotation(
         lambda tick: tick.update(text=drawn.label(10 ** float(tick.text))),
         selector={"x": 0},  # the error's

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -74,8 +76,9 @@ def launch(
         max_restarts=0,  # resume= is the way on
         start_method="forkserver",
     )
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ("torch", "torch.distributed"):  # handlers, as each of the loggers below them has a level of its own
+        for handler in logging.getLogger(name).handlers:
+            handler.setLevel(logging.CRITICAL)
     environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **({"GLOO_SOCKET_IFNAME": LOOPBACK} if not asked.rendezvous else {})}
     added = {name: value for name, value in environment.items() if value and name not in os.environ}
     os.environ.update(added)
@@ -123,6 +126,9 @@ def _rank(
     """One of the ranks, in a process of its own."""
     stop = StopRequest(patient=True)
     stop.install()
+    command = multiprocessing.parent_process()
+    assert command is not None
+    threading.Thread(target=_end_with, args=(command,), daemon=True).start()
     first = int(os.environ["RANK"]) == 0
     logging.getLogger().setLevel(logging.INFO if first else logging.CRITICAL)
     if first:
@@ -134,7 +140,15 @@ def _rank(
     try:
         return run(config, folder, overrides, choices, stop)
     except Stopped as stopped:
+        if not command.is_alive():
+            os._exit(1)  # torch elastic would wait for it to take the answer
         return stopped
+
+
+def _end_with(command: Any) -> None:
+    """Where the command was killed its ranks would go on: they save and end too."""
+    command.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _failure(error: ChildFailedError, folder: Path) -> Exception:

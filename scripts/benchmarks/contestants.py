@@ -71,7 +71,7 @@ def bare(recipe, precision, epochs, *overrides):
             (network(i.to(device)).argmax(1).cpu() == y).sum()
             for i, y in zip(data.test.images.split(100), data.test.labels.split(100), strict=True)
         )
-    print("test accuracy", right.item() / 10_000, flush=True)
+    print("test accuracy", right.item() / len(data.test.labels), flush=True)
 
 
 def stock(recipe, precision, epochs):
@@ -189,7 +189,7 @@ def example(recipe, precision, epochs):
     network.eval()
     with torch.no_grad():
         right = sum((network(images).argmax(1) == labels).sum() for images, labels in DataLoader(test, 1000))
-    print("test accuracy", right.item() / 10_000, flush=True)
+    print("test accuracy", right.item() / len(test), flush=True)
 
 
 def keras(recipe, precision, epochs):

@@ -22,7 +22,8 @@ from disturbances.comparison import first_difference, run_result
 from mnist_cnn.runs.folder import git_commit, versions
 
 SETTINGS = ["seed=3", "plots=false", "epochs=2", "accelerator=cpu", "accelerator.threads=1", "data.batch_size=64"]
-SETTINGS += ["schedule=onecycle", "checkpoint.every_seconds=0.3", "data.validation=54000"]
+SETTINGS += ["schedule=onecycle", "checkpoint.every_seconds=0.3", "data.validation=57000"]
+SETTINGS += ["trainer.limit_val_batches=20"]
 RECIPES = {
     "plain": [],
     "Muon, EMA, augmentation": ["optimizer=muon", "ema_decay=0.99", "augmentation=affine"],

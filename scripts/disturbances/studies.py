@@ -27,7 +27,7 @@ SMALL = ["data=digits", "architecture=conv10", "accelerator=cpu"]
 STUDY = ["sweep=learning_rate", *SMALL]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 PATIENCE = 1200  # seconds, after which a study hangs
-SECONDS = (7, 20)  # from a worker's start until it is killed; it begins to train after some five
+SECONDS = (0, 12)  # from the first epoch's end after a command's start until a worker is killed
 
 
 def command(*words):
@@ -38,10 +38,10 @@ def trials(folder):
     return list(csv.DictReader((folder / "trials.csv").open()))
 
 
-def killed_once(process, workers, moments):
+def killed_once(process, workers, moments, folder):
     """Wait for a command to end, while each of its workers is killed at a moment of its own; how many were."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    begun, due, killed = time.monotonic(), {}, 0
+    begun, start, due, killed = time.monotonic(), time.time(), {}, 0
     while process.poll() is None:
         now = time.monotonic() - begun
         if now > PATIENCE:
@@ -50,7 +50,8 @@ def killed_once(process, workers, moments):
             found = children.read_text().split()
         except OSError:
             break
-        if not due and len(found) == workers:
+        training = due or any(file.stat().st_mtime > start for file in folder.glob("trials/*/metrics.csv"))
+        if not due and training and len(found) == workers:
             due = {pid: now + moments.uniform(*SECONDS) for pid in found}
         for pid, moment in due.items():
             if now > moment and pid in found:
@@ -75,7 +76,7 @@ def disturbed(kind, count, workers, kills, seed, root):
             starts += 1
             process = subprocess.Popen(command(*words), env=ENVIRONMENT, stdout=log, stderr=log)
             if starts <= kills:
-                killed += killed_once(process, workers, moments)
+                killed += killed_once(process, workers, moments, folder)
             status = process.wait(PATIENCE)
             for config in folder.glob("trials/*/config.yaml"):
                 seen.setdefault(config, config.read_bytes())

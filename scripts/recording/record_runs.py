@@ -30,6 +30,7 @@ OUT = Path("outputs/records").absolute()
 SEEDS = {"speed_99": 20, "speed_99_5": 20, "speed_99_7": 10, "record_single": 10, "record_ensemble": 5}
 MEMBERS = {"record_ensemble": {"record_ensemble": 2, "record_single": 2}}  # how many networks of which recipe
 VALIDATION = 10_000  # the last training digits
+HALF = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 TTA = {"": None, "_tta_1": 1, "_tta_5": 5}  # of validation digits: the recipe's number, and others
 
 
@@ -43,7 +44,7 @@ def warm_up(config):
     network = ConvNet(config.architecture).to(device)
     network.onednn = True
     optimizer = instantiate(config.optimizer, "optimizer")(list(network.parameters()))
-    half = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[config.accelerator.precision]
+    half = HALF[config.accelerator.precision]
     for count in (size, (60_000 - int(config.data.validation)) % size):  # the last batch of an epoch is a shorter one
         images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, device=device)
         with torch.autocast(device.type, half, enabled=half is not None):
@@ -99,7 +100,7 @@ def train_run(folder, words):
         "scoring_multiply_adds": counts["scoring"] * len(data.test.labels) * config.tta,
         "precision": config.accelerator.precision,
         "threads": torch.get_num_threads(),
-        "product_rate": product(torch.bfloat16),  # what machine this was: clocks of different ones differ
+        "product_rate": product(HALF[config.accelerator.precision] or torch.float32),  # how fast this machine was
         **{key: about[key] for key in ("machine", "versions", "git_commit", "started")},
     }
 

@@ -152,10 +152,9 @@ def ablation_table(records):
 
 def conditions_table(records):
     """What the recipes' clocks depend on."""
-    lines = [
-        "| recipe | precision | machine | threads | products of bfloat16 matrices, 10⁹ operations a second | torch |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = ["recipe", "precision", "machine", "threads"]
+    heads += ["matrix products in this precision, 10⁹ operations a second", "torch"]
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for name, runs in of_runs(records):
         run, rates = next(iter(runs.values())), [run["product_rate"] for run in runs.values() if "product_rate" in run]
         rate = f"{statistics.median(rates):,.0f}" if rates else "not measured"
