@@ -173,7 +173,7 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # no gradients wait for others
         epoch_ends = trainer.is_last_batch or trainer.global_step == trainer.max_steps
-        if epoch_ends or trainer.fast_dev_run or not between_steps:
+        if epoch_ends or _is_dev_run(trainer) or not between_steps:
             return
         due = bool(self.stop.signum) or time.monotonic() - self.saved > self.seconds
         if not _any_rank(trainer, due):
