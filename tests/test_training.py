@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CONF, QUICK, STEPS, TUTORIALS, metrics, same, weights
+from conftest import ARCHITECTURES, CONF, STEPS, TUTORIALS, metrics, same, weights
 from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
@@ -20,6 +20,8 @@ if hasattr(torch.cpu, "get_capabilities"):  # as mnist-train looks
     FAST_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 else:
     FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+SHORT = ("data=digits", "epochs=1", "plots=false", "data.batch_size=64", "architecture=conv10")
 
 
 def names(group):
@@ -79,7 +81,7 @@ def test_a_recipe_runs_and_tests_its_last_epoch(run):
 
 
 def test_same_seed_same_weights_and_another_seed_others(run):
-    folders = [run("mnist-train", *QUICK, f"seed={seed}").folder() for seed in (3, 3, 4)]
+    folders = [run("mnist-train", *SHORT, f"seed={seed}").folder() for seed in (3, 3, 4)]
     first, again, other = (weights(folder) for folder in folders)
     assert same(first, again)
     assert not same(first, other)
@@ -88,42 +90,41 @@ def test_same_seed_same_weights_and_another_seed_others(run):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_trains(run, architecture):
-    folder = run("mnist-train", *QUICK, f"architecture={architecture}", "data.batch_size=64").folder()
+    folder = run("mnist-train", *SHORT, f"architecture={architecture}").folder()
     assert metrics(folder)["parameters"] == ARCHITECTURES[architecture]
     assert metrics(folder)["test/accuracy"] > 0.2
 
 
 @pytest.mark.parametrize("optimizer", names("optimizer"))
 def test_every_optimizer_trains(run, optimizer):
-    folder = run("mnist-train", *QUICK, f"optimizer={optimizer}", "epochs=2").folder()
+    folder = run("mnist-train", *SHORT, f"optimizer={optimizer}", "epochs=2").folder()
     rows = epochs(folder)
     assert float(rows[1]["train/loss"]) < float(rows[0]["train/loss"])
     assert rows[0]["learning_rate"] == rows[1]["learning_rate"]
 
 
 @pytest.mark.parametrize("schedule", names("schedule"))
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_every_schedule_moves_the_rate(run, schedule, optimizer):
-    folder = run("mnist-train", *QUICK, f"optimizer={optimizer}", f"schedule={schedule}", "epochs=2").folder()
+def test_every_schedule_moves_the_rate(run, schedule):
+    folder = run("mnist-train", *SHORT, f"schedule={schedule}", "epochs=2").folder()
     rows = epochs(folder)
     assert float(rows[1]["train/loss"]) < float(rows[0]["train/loss"])
     assert (rows[0]["learning_rate"] == rows[1]["learning_rate"]) == (schedule == "constant")
 
 
 def test_the_learning_rate_is_that_of_its_epoch(run):
-    folder = run("mnist-train", *QUICK, "schedule=exponential", "epochs=3").folder()
+    folder = run("mnist-train", *SHORT, "schedule=exponential", "epochs=3").folder()
     rates = [float(row["learning_rate"]) for row in csv.DictReader((folder / "metrics.csv").open())]
     assert rates == pytest.approx([0.001, 0.0007, 0.00049])
 
 
 def test_a_network_from_the_command_line(run):
     blocks = "architecture.blocks=[{filters:4,kernel:5,pool:2},{filters:6,kernel:3,stride:2,batch_norm:true}]"
-    folder = run("mnist-train", *QUICK, blocks, "architecture.dense=[24,12]").folder()
+    folder = run("mnist-train", *SHORT, blocks, "architecture.dense=[24,12]").folder()
     assert read_checkpoint(folder)[1].architecture.blocks[1].batch_norm
 
 
 def test_normalisation_reaches_the_checkpoint(run):
-    folder = run("mnist-train", *QUICK, "data.normalization=standard").folder()
+    folder = run("mnist-train", *SHORT, "data.normalization=standard").folder()
     assert 0 < weights(folder)["network.mean"] < 255
     assert weights(folder)["network.std"] < 255
 
@@ -271,17 +272,17 @@ def test_validation_is_of_the_averages(run):
 
 
 def test_initialize_keeps_the_normalisation_of_its_weights(run, tmp_path):
-    run("mnist-train", *QUICK, "data.normalization=standard", "hydra.run.dir=standard")
-    folder = run("mnist-train", *QUICK[:3], "initialize=standard").folder()
+    run("mnist-train", *SHORT, "data.normalization=standard", "hydra.run.dir=standard")
+    folder = run("mnist-train", *SHORT[:-1], "initialize=standard").folder()
     assert read_checkpoint(folder)[1].data.normalization == "standard"
-    ended = run("mnist-train", *QUICK[:3], "initialize=standard", "data.normalization=unit")
+    ended = run("mnist-train", *SHORT[:-1], "initialize=standard", "data.normalization=unit")
     assert (ended.status, "trained with standard" in ended.err) == (2, True)
 
 
 def test_validation_digits_that_were_trained_on_before_are_warned_of(run, tmp_path):
-    run("mnist-train", *QUICK, "data.validation=0", "hydra.run.dir=all")
-    assert "was trained on some of these validation digits" in run("mnist-train", *QUICK[:3], "initialize=all").err
-    assert run("mnist-train", *QUICK[:3], "initialize=all", "data.validation=0").err == ""
+    run("mnist-train", *SHORT, "data.validation=0", "hydra.run.dir=all")
+    assert "was trained on some of these validation digits" in run("mnist-train", *SHORT[:-1], "initialize=all").err
+    assert run("mnist-train", *SHORT[:-1], "initialize=all", "data.validation=0").err == ""
 
 
 def test_initialize_brings_network_and_weights(run, trained):
@@ -292,7 +293,7 @@ def test_initialize_brings_network_and_weights(run, trained):
 
 def test_freeze_blocks_trains_only_the_dense_part(run, trained):
     blocks = "architecture.blocks=[{filters:4,kernel:5,batch_norm:true,pool:4,dropout:0.5}]"
-    first = run("mnist-train", *QUICK, blocks).folder()
+    first = run("mnist-train", *SHORT, blocks).folder()
     folder = run(
         "mnist-train", "data=digits", "epochs=1", "plots=false", f"initialize={first}", "freeze=blocks"
     ).folder()
@@ -306,7 +307,7 @@ def test_other_classes_get_a_new_last_layer(run, trained, monkeypatch):
     from mnist_cnn.data import datasets
 
     monkeypatch.setitem(datasets.CLASSES, "digits", list("abcdefghij"))
-    folder = run("mnist-train", *QUICK[:3], f"initialize={trained}", "freeze=blocks", "optimizer.lr=1e-12").folder()
+    folder = run("mnist-train", *SHORT[:-1], f"initialize={trained}", "freeze=blocks", "optimizer.lr=1e-12").folder()
     start, end = weights(trained), weights(folder)
     assert torch.equal(start["network.blocks.0.0.weight"], end["network.blocks.0.0.weight"])
     assert not torch.allclose(start["network.logits.weight"], end["network.logits.weight"], atol=1e-3)
@@ -333,18 +334,19 @@ def test_bfloat16_is_refused_where_the_processor_would_emulate_it(monkeypatch):
         train(["data=digits", "accelerator=cpu", "accelerator.precision=16-mixed", "epochs=1"])
 
 
-@pytest.mark.skipif(not FAST_BFLOAT16, reason="this CPU has no bfloat16 instructions")
-def test_a_run_in_bfloat16_learns(run):
-    words = ["data=digits", "epochs=3", "accelerator=cpu", "accelerator.precision=bf16-mixed", "plots=false"]
-    ended = run("mnist-train", *words)
+def test_a_run_in_bfloat16_learns(run, monkeypatch):
+    """Also where the processor emulates it, which a small network of few steps bears."""
+    monkeypatch.setattr("mnist_cnn.training.fit.check_precision", lambda precision, device: None)
+    words = ["data=digits", "architecture=conv10", "epochs=2", "data.batch_size=64", "accelerator=cpu"]
+    ended = run("mnist-train", *words, "accelerator.precision=bf16-mixed", "plots=false")
     assert ended.status == 0
-    assert metrics(ended.folder())["test/accuracy"] > 0.85
+    assert metrics(ended.folder())["test/accuracy"] > 0.5
 
 
 def test_the_seconds_of_training_and_of_the_test(run):
-    folder = run("mnist-train", "data=digits", "epochs=2", "plots=false", "architecture=conv10").folder()
+    folder = run("mnist-train", *SHORT).folder()
     figures = metrics(folder)
     assert 0 < figures["train_seconds"] < figures["fit_seconds"]
     assert figures["test_seconds"] > 0
-    untested = run("mnist-train", "data=digits", "epochs=1", "plots=false", "test=false").folder()
+    untested = run("mnist-train", *SHORT, "test=false").folder()
     assert metrics(untested)["test_seconds"] is None

@@ -340,7 +340,7 @@ def test_a_finished_run_is_left_as_it_is(run, undisturbed):
 
 
 def test_a_finished_run_may_grow_be_interrupted_and_grow_again(run, tmp_path, signalled):
-    folder = run("mnist-train", *QUICK, "hydra.run.dir=run").folder()
+    folder = run("mnist-train", *QUICK, "data.batch_size=64", "hydra.run.dir=run").folder()
     signalled(signal.SIGTERM, STEPS + 4)
     assert run("mnist-train", "resume=run", "epochs=3").status == 143
     assert not (folder / "metrics.json").exists()
@@ -348,7 +348,7 @@ def test_a_finished_run_may_grow_be_interrupted_and_grow_again(run, tmp_path, si
     assert run("mnist-train", "resume=run").status == 0
     assert (folder / "config.yaml").read_bytes() == config
     assert run("mnist-train", "resume=run", "epochs=4").status == 0
-    equal(run("mnist-train", *QUICK, "epochs=4").folder(), folder)
+    equal(run("mnist-train", *QUICK, "data.batch_size=64", "epochs=4").folder(), folder)
 
 
 def test_a_moved_run_keeps_its_best_checkpoint(run, tmp_path):
@@ -364,7 +364,7 @@ def test_a_moved_run_keeps_its_best_checkpoint(run, tmp_path):
 
 def test_resuming_needs_no_checkpoint_that_the_run_began_from(run, trained, tmp_path):
     shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path / "start.ckpt")
-    folder = run("mnist-train", *QUICK[:3], "initialize=start.ckpt").folder()
+    folder = run("mnist-train", *QUICK[:3], "data.batch_size=256", "initialize=start.ckpt").folder()
     before = weights(folder)
     (tmp_path / "start.ckpt").unlink()
     assert run("mnist-train", f"resume={folder}", "epochs=2").status == 0
