@@ -83,6 +83,9 @@ def in_one_line(error: Exception, config_name: str) -> str:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = ", ".join(error.options)
         return f"{group}={option}: no such option{nearest(option, error.options)} (there are {options})"
+    if isinstance(error, OverrideParseException) and str(error.override).startswith("storage="):
+        # The address is not repeated: it may hold a password.
+        return "storage: expected storage='\"ADDRESS\"', as it has characters that are special to Hydra"
     if isinstance(error, OverrideParseException):
         reason = next(line for line in text.splitlines() if line.strip()).removeprefix("LexerNoViableAltException: ")
         return f"{error.override}: expected key=value; quote what is special to Hydra, as in 'key=\"a b\"' ({reason})"
