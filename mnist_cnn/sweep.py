@@ -24,10 +24,10 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import RunError, UserError, validated
 from mnist_cnn.config.settings import CONF, SweepSettings, without_password
-from mnist_cnn.runs.folder import refuse_occupied, write_whole
+from mnist_cnn.runs.folder import override_key, refuse_occupied, write_whole
 from mnist_cnn.runs.hydra_app import guarded, plain, refuse, run_command
 from mnist_cnn.runs.multirun import threads_of_job, visible_gpus
-from mnist_cnn.search.space import Space, compose, override_key, study_name, training_overrides
+from mnist_cnn.search.space import Space, compose, study_name, training_overrides
 
 if TYPE_CHECKING:
     from mnist_cnn.search.study import SharedStudy, Stop

@@ -1,6 +1,5 @@
 """What the tests share: the shipped configurations, real MNIST where it is, and commands run as a user does."""
 
-import csv
 import fcntl
 import importlib
 import json
@@ -157,37 +156,11 @@ def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(value.equal(second[name]) for name, value in first.items())
 
 
-def untimed(value):
-    """Without any seconds, and tensors as their bytes."""
-    if isinstance(value, dict):
-        return {key: untimed(each) for key, each in value.items() if not str(key).endswith("seconds")}
-    if isinstance(value, list | tuple):
-        return [untimed(each) for each in value]
-    return value if not hasattr(value, "numpy") else (str(value.dtype), tuple(value.shape), value.numpy().tobytes())
-
-
-def difference(one, other, where: str = "") -> str:
-    """Where two nested values first differ, or nothing."""
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return next((found for key in one if (found := difference(one[key], other[key], f"{where}/{key}"))), "")
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
-        return next((found for i, (a, b) in pairs if (found := difference(a, b, f"{where}/{i}"))), "")
-    return "" if one == other else f"{where}: {one!s:.80} and {other!s:.80}"
-
-
 def equal(first: Path, second: Path) -> None:
     """The same bits: weights, optimizer, schedule, bookkeeping of both checkpoints, metrics.csv and metrics.json."""
-    import torch
+    from disturbances.comparison import first_difference, run_result  # of scripts/; it imports torch
 
-    def result(folder: Path):
-        kept = {
-            name: torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("best", "last")
-        }
-        rows = list(csv.DictReader((folder / "metrics.csv").open()))
-        return untimed({**kept, "metrics.csv": rows, "metrics.json": metrics(folder)})
-
-    assert difference(result(first), result(second)) == ""
+    assert first_difference(run_result(first), run_result(second)) == ""
 
 
 # --- processes of their own ----------------------------------------------------------------------------------

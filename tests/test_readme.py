@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from mnist_cnn.config.architecture import Architecture, Block, Dense
 from mnist_cnn.config.schema import validated
 from mnist_cnn.config.settings import OWNED_TRAINER_KEYS
-from mnist_cnn.runs.hydra_app import plain_job, schema_of
+from mnist_cnn.runs.hydra_app import SCHEMAS, plain_job
 
 PACKAGE = REPOSITORY / "mnist_cnn"
 ROOMS = ["config", "runs", "data", "models", "inference", "training", "search"]
@@ -89,7 +89,7 @@ def check(name: str, words: list[str]) -> int:
             jobs = BasicSweeper.split_arguments(parsed, None)[0]
         for job in jobs[:: max(1, len(jobs) - 1)]:
             config = hydra.compose(name, list(job), return_hydra_config=True)
-            validated(schema_of(name), plain_job(config))
+            validated(SCHEMAS[name], plain_job(config))
     return len(jobs)
 
 

@@ -14,18 +14,16 @@ import torch
 from conftest import CONF, REPOSITORY, TUTORIALS
 from PIL import Image
 
+from benchmarks import communication, turns
+from fuzzing import files
+from fuzzing import survey as fuzz
 from mnist_cnn import load_classifier
 from mnist_cnn.data import datasets
 from mnist_cnn.inference.digit_image import mnist_form
 from mnist_cnn.inference.image_files import read_picture
+from recording import recipes, record_runs, record_tables, tables
 
 SCRIPTS = REPOSITORY / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from benchmarks import communication, turns  # noqa: E402 — of scripts/
-from fuzzing import files  # noqa: E402
-from fuzzing import survey as fuzz  # noqa: E402
-from recording import recipes, record_runs, record_tables, tables  # noqa: E402
 
 
 def script(name, *words):

@@ -242,6 +242,11 @@ def alone_in(folder: Path) -> Iterator[None]:
 # --- resume=FOLDER -----------------------------------------------------------------------------------------
 
 
+def override_key(override: str) -> str:
+    """The key that an override sets, such as `optimizer.lr` of `+optimizer.lr=0.1`."""
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
 def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Train, dict[str, Any]]:
     """The run's own configuration to continue with, and its metrics where it has finished.
 
@@ -249,7 +254,7 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
         UserError: an override differs from what the run began with; only `epochs` may grow.
     """
     stored, run = read_run(folder)
-    named = [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in overrides]
+    named = [override_key(word) for word in overrides]
     if differing := _differing(stored, config, run["choices"], dict(zip(named, overrides, strict=True))):
         raise UserError(f"resume={folder}: the run has {'; '.join(differing)}; leave that out or start a new run")
     epochs = config.epochs if "epochs" in named else stored.epochs

@@ -27,25 +27,35 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_cnn.config import settings as schemas
 from mnist_cnn.config.schema import RunError, Strict, UserError, nearest, validated
-from mnist_cnn.config.settings import CONF, OWNED_TRAINER_KEYS, Train
+from mnist_cnn.config.settings import CONF, OWNED_TRAINER_KEYS, Evaluate, Export, Import, Predict, SweepSettings, Train
 from mnist_cnn.runs.folder import claim, discard, read_run, release_all, write_whole
 
 log = logging.getLogger(__name__)
 
 # The schema of each command, by the name of its configuration.
-SCHEMAS = {"train": "Train", "evaluate": "Evaluate", "predict": "Predict", "export": "Export", "import": "Import"}
-SCHEMAS["sweep"] = "SweepSettings"
+SCHEMAS: dict[str, type[Strict]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "export": Export,
+    "import": Import,
+    "sweep": SweepSettings,
+}
 PATHS = {"checkpoint", "images", "initialize", "resume", "multirun.resume", "data.root"}
 PATHS |= {"hydra.run.dir", "hydra.sweep.dir"}
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # no fault of the user's input
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
-# Folder names come from overrides: keep them to characters that need no quoting in a shell or in Hydra.
-OmegaConf.register_new_resolver(
-    "folder_name", lambda text: re.sub(r"[^\w.+-]+", "-", str(text)).strip("-")[:180], replace=True
-)
+FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # of a log in a file, as in conf/base.yaml
+
+
+def folder_name(text: Any) -> str:
+    """Overrides as a folder's name: only characters that need no quoting in a shell or in Hydra."""
+    return re.sub(r"[^\w.+-]+", "-", str(text)).strip("-")[:180]
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
 class Console(logging.StreamHandler[TextIO]):
@@ -127,10 +137,6 @@ def _keys(config: Any, prefix: str = "") -> Iterable[str]:
 # --- a command's configuration -----------------------------------------------------------------------------
 
 
-def schema_of(config_name: str) -> type[Strict]:
-    return getattr(schemas, SCHEMAS[config_name])
-
-
 def plain(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain dicts and lists, every interpolation resolved."""
     container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -162,7 +168,7 @@ class RunCallback(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         name = config.hydra.job.config_name
         try:
-            settings = validated(schema_of(name), plain_job(config))
+            settings = validated(SCHEMAS[name], plain_job(config))
             with read_write(config.hydra):
                 if isinstance(settings, Train) and settings.resume:
                     read_run(Path(settings.resume))

@@ -32,8 +32,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from mnist_cnn.config.schema import Strict, UserError, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs import hydra_app
-from mnist_cnn.runs.folder import claim, read_run, refuse_old, release, write_csv, write_whole
-from mnist_cnn.runs.hydra_app import chosen, in_one_line, job_title, literal, plain_job, refuse, schema_of
+from mnist_cnn.runs.folder import claim, override_key, read_run, refuse_old, release, write_csv, write_whole
+from mnist_cnn.runs.hydra_app import chosen, in_one_line, job_title, literal, plain_job, refuse
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def planned(config: DictConfig) -> list[Job]:
         composed = loader.load_sweep_config(config, list(overrides))
         with open_dict(composed.hydra.job):
             composed.hydra.job.id = composed.hydra.job.num = number
-        settings = validated(schema_of(config.hydra.job.config_name), plain_job(composed))
+        settings = validated(hydra_app.SCHEMAS[config.hydra.job.config_name], plain_job(composed))
         if isinstance(settings, Train) and settings.resume:
             raise UserError("resume continues one run: leave out -m; a sweep is continued by multirun.resume=FOLDER")
         folder = Path(str(composed.hydra.sweep.subdir))
@@ -256,13 +256,9 @@ for _resolver in (gpus_of_job, threads_of_job):
 # --- continuing --------------------------------------------------------------------------------------------
 
 
-def key_of(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
-
-
 def job_overrides(overrides: list[str]) -> list[str]:
     """Those that make a job what it is."""
-    return [word for word in overrides if key_of(word) not in OF_THE_COMMAND]
+    return [word for word in overrides if override_key(word) not in OF_THE_COMMAND]
 
 
 def write_record(folder: Path, config: DictConfig) -> None:
@@ -326,7 +322,7 @@ def differences(theirs: list[str], ours: list[str]) -> str:
     """`"seed=1, not seed=2; …"`, or nothing where both are the same."""
     if theirs == ours:
         return ""
-    was, asked = ({key_of(word): word for word in words} for words in (theirs, ours))
+    was, asked = ({override_key(word): word for word in words} for words in (theirs, ours))
     keys = [key for key in dict.fromkeys([*was, *asked]) if was.get(key) != asked.get(key)]
     named = [f"{was.get(key, f'no {key}')}, not {asked.get(key, 'none')}" for key in keys]
     return "; ".join(named) or f"{' '.join(theirs)}, not {' '.join(ours)}"
@@ -352,7 +348,7 @@ def continued(words: list[str]) -> list[str]:
         UserError: FOLDER is no sweep's.
     """
     arguments = hydra_app.parsed(words)
-    ours = {key_of(word): word for word in arguments.overrides}
+    ours = {override_key(word): word for word in arguments.overrides}
     if (resume := ours.pop("multirun.resume", None)) is None:
         return words
     named = OverridesParser.create().parse_override(resume).value()
@@ -367,7 +363,11 @@ def continued(words: list[str]) -> list[str]:
         flags += ["--config-dir", str(Path(config_dir).absolute())]
     if Path(record["working_folder"]).is_dir():
         os.chdir(record["working_folder"])  # relative paths in the sweep's overrides mean what they meant
-    theirs = {key_of(word): word for word in [*record["overrides"], *record["hydra"]] if key_of(word) != "hydra.mode"}
+    theirs = {
+        override_key(word): word
+        for word in [*record["overrides"], *record["hydra"]]
+        if override_key(word) != "hydra.mode"
+    }
     if "hydra/launcher" in ours:  # without the settings of the one before
         theirs = {key: word for key, word in theirs.items() if not key.startswith("hydra.launcher.")}
     return [*flags, *{**theirs, **ours, "hydra.sweep.dir": literal("hydra.sweep.dir", str(folder))}.values()]

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 
 from mnist_cnn.config.schema import UserError, nearest, validated
 from mnist_cnn.config.settings import Choices, FloatRange, IntRange, SweepSettings, Train
-from mnist_cnn.runs.hydra_app import in_one_line, literal, plain_job
+from mnist_cnn.runs.folder import override_key
+from mnist_cnn.runs.hydra_app import folder_name, in_one_line, literal, plain_job
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 
 NOT_SEARCHED = ("test", "resume", "plots", "checkpoint", "logger")
 SWEEP_KEYS = set(SweepSettings.model_fields) - set(Train.model_fields)
-
-
-def override_key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def training_overrides(overrides: list[str]) -> list[str]:
@@ -210,4 +207,4 @@ def of_the_machine(key: str) -> bool:
 def study_name(sweep: str, overrides: list[str]) -> str:
     """The sweep's own name, then the overrides that make another study of it."""
     changing = sorted(word for word in trial_overrides(overrides) if not of_the_machine(override_key(word)))
-    return re.sub(r"[^\w.+-]+", "-", "_".join([sweep, *changing])).strip("-")[:180]
+    return folder_name("_".join([sweep, *changing]))

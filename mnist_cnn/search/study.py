@@ -35,6 +35,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQL
 from mnist_cnn.config.schema import RunError, UserError
 from mnist_cnn.config.settings import SweepSettings, without_password
 from mnist_cnn.runs.folder import write_whole
+from mnist_cnn.runs.hydra_app import FILE_FORMAT
 from mnist_cnn.search.space import SWEEP_KEYS, Space, compose, of_the_machine
 
 if TYPE_CHECKING:
@@ -473,7 +474,7 @@ def trial_log(folder: Path) -> Iterator[None]:
     """What a trial prints goes to its train.log, and not to the terminal."""
     with (folder / "train.log").open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(logging.Formatter(FILE_FORMAT))
         package.addHandler(handler)
         package.propagate = False
         try:

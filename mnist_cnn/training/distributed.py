@@ -30,7 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mnist_cnn.config.schema import NotFiniteError, RunError, UserError
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs.folder import discard
-from mnist_cnn.runs.hydra_app import Console
+from mnist_cnn.runs.hydra_app import FILE_FORMAT, Console
 from mnist_cnn.training.callbacks import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 LOOPBACK = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in (UserError, RunError, NotFiniteError)}
 SECONDS_TO_COME = 600  # within which every machine has joined
-RUN_TIME = "%(asctime)s %(levelname)s %(message)s"
 
 
 def is_data_parallel(config: Train) -> bool:
@@ -134,7 +133,7 @@ def _rank(
     if first:
         for name in handlers:
             handler = Console() if name is None else logging.FileHandler(name, encoding="utf-8", delay=True)
-            handler.setFormatter(logging.Formatter("%(message)s" if name is None else RUN_TIME))
+            handler.setFormatter(logging.Formatter("%(message)s" if name is None else FILE_FORMAT))
             logging.getLogger().addHandler(handler)
     torch.set_num_threads(max(1, torch.get_num_threads() // config.accelerator.devices))
     try:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mnist_cnn.training.optimizers import ClosureOptimizer
 
-class Muon(torch.optim.Optimizer):
+
+class Muon(ClosureOptimizer):
     """Muon of the convolutions' and hidden layers' weights, AdamW of all else: norms, biases and the last layer.
 
     A filter is a row of its layer's matrix. The update of a matrix of so many rows and columns is its momentum made
@@ -51,18 +53,12 @@ class Muon(torch.optim.Optimizer):
         rest |= {"ratio": lr_rest / lr, "betas": betas, "eps": eps}
         super().__init__([muon, rest], {"lr": lr, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def move(self) -> None:
         muon, rest = self.param_groups
         for weight in muon["params"]:
             if weight.grad is not None:
                 self._orthogonal(muon, weight, weight.grad)
         self._adamw(rest, [weight for weight in rest["params"] if weight.grad is not None])
-        return loss
 
     def _orthogonal(self, group: dict[str, Any], weight: Tensor, gradient: Tensor) -> None:
         if not self.state[weight]:

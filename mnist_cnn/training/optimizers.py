@@ -16,10 +16,8 @@ from torch import Tensor
 from mnist_cnn.config.schema import UserError, nearest
 
 
-class _KerasOptimizer(torch.optim.Optimizer):
-    """The frame of a step: the weights that have a gradient, their gradients, and their running averages."""
-
-    averages: tuple[str, ...]
+class ClosureOptimizer(torch.optim.Optimizer):
+    """The frame of a step: the closure, which Lightning hands over, and then `move`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -27,6 +25,19 @@ class _KerasOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.move()
+        return loss
+
+    def move(self) -> None:
+        raise NotImplementedError
+
+
+class _KerasOptimizer(ClosureOptimizer):
+    """Hands over the weights that have a gradient, their gradients, and their running averages."""
+
+    averages: tuple[str, ...]
+
+    def move(self) -> None:
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             for weight in weights:
@@ -35,7 +46,6 @@ class _KerasOptimizer(torch.optim.Optimizer):
             if weights:
                 averages = [[self.state[weight][name] for weight in weights] for name in self.averages]
                 self.update(group, weights, [weight.grad for weight in weights], *averages)
-        return loss
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor], *averages: Any) -> None:
         raise NotImplementedError
