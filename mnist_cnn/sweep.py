@@ -7,13 +7,10 @@ import json
 import logging
 import os
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +20,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import RunError, UserError, validated
-from mnist_cnn.config.settings import CONF, SweepSettings, without_password
+from mnist_cnn.config.settings import CONF
+from mnist_cnn.config.study_settings import SweepSettings, without_password
 from mnist_cnn.runs.folder import override_key, refuse_occupied, write_whole
 from mnist_cnn.runs.hydra_app import guarded, plain, refuse, run_command
-from mnist_cnn.runs.multirun import threads_of_job, visible_gpus
 from mnist_cnn.search.space import Space, compose, study_name, training_overrides
 
 if TYPE_CHECKING:
-    from mnist_cnn.search.study import SharedStudy, Stop
+    from mnist_cnn.search.study import SharedStudy
+    from mnist_cnn.search.worker import Stop
 
 log = logging.getLogger("mnist-sweep")
 
-PARENT = "MNIST_CNN_SWEEP"  # in the environment of a local worker: the process that began it
 SEEDS = 5  # of the best trial, trained again
 
 
@@ -84,7 +81,7 @@ def search(settings: SweepSettings) -> None:
     name = settings.study or study_name(sweep, overrides)
 
     from mnist_cnn.search.report import Progress
-    from mnist_cnn.search.study import Worker
+    from mnist_cnn.search.worker import PARENT, Worker, end_with_parent, run_workers
 
     with stopped_by_signals() as stop:
         shared = open_study(settings, space, name)
@@ -110,7 +107,7 @@ def search(settings: SweepSettings) -> None:
 @contextmanager
 def stopped_by_signals() -> Iterator[Stop]:
     """SIGINT and SIGTERM set the event; a heartbeat that the storage does not take prints no traceback."""
-    from mnist_cnn.search.study import Stop
+    from mnist_cnn.search.worker import Stop
 
     stop, hook = Stop(), threading.excepthook
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -164,90 +161,6 @@ def check_machine(settings: SweepSettings) -> None:
 
     check_precision(settings.accelerator.precision, find_device(settings.accelerator.name))
     load(settings.data.name, settings.data.root)
-
-
-# --- local workers -------------------------------------------------------------------------------------------
-
-
-def start_workers(settings: SweepSettings, folder: Path) -> dict[int, tuple[subprocess.Popen[bytes], Path]]:
-    """Local processes of the same command with `workers=1`, their part of the threads, and one GPU each.
-
-    Args:
-        settings: of the command.
-        folder: of the study; a worker's own messages go to workers/ there.
-    """
-    words = [word for word in sys.argv[1:] if override_key(word) != "workers"] + ["workers=1"]
-    threads = settings.accelerator.threads or threads_of_job(settings.workers)
-    if settings.accelerator.threads is None:  # part of each trial: the bits of its weights depend on it
-        words.append(f"accelerator.threads={threads}")
-    environment = {**os.environ, PARENT: str(os.getpid())}
-    environment.pop("HYDRA_FULL_ERROR", None)
-    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    gpus = [] if settings.accelerator.name == "cpu" else visible_gpus()
-    (folder / "workers").mkdir(exist_ok=True)
-    workers = {}
-    for number in range(1, settings.workers + 1):
-        own = {"CUDA_VISIBLE_DEVICES": gpus[(number - 1) % len(gpus)]} if gpus else {}
-        messages = folder / "workers" / f"{socket.gethostname()}_{number}.log"
-        command = [sys.executable, "-P", "-m", "mnist_cnn.sweep", *words]
-        with messages.open("ab") as file:
-            # In a group of its own: a terminal's Ctrl-C comes here alone, and each worker hears of it once.
-            process = subprocess.Popen(command, env=environment | own, stdout=file, stderr=file, process_group=0)
-        workers[number] = process, messages
-    return workers
-
-
-def run_workers(settings: SweepSettings, folder: Path, stop: Stop, look: Callable[[], None]) -> None:
-    """Have local processes run the trials; one that is killed is reported, and the others go on.
-
-    Args:
-        settings: of the command.
-        folder: of the study.
-        stop: ends the workers, each with its trial saved and given back.
-        look: called now and then: there may be something to tell.
-
-    Raises:
-        UserError: a worker refused the settings.
-        RunError: a worker failed.
-    """
-    workers = start_workers(settings, folder)
-    ending, failure = False, None
-    while workers:
-        time.sleep(0.5)
-        if (stop.is_set() or failure) and not ending:
-            ending = True
-            for process, _ in workers.values():
-                process.send_signal(stop.signum or signal.SIGTERM)
-        for number, (process, messages) in list(workers.items()):
-            if (status := process.poll()) is None:
-                continue
-            del workers[number]
-            signum = -status if status < 0 else max(0, status - 128)
-            if signum and not ending:
-                log.warning("worker %d was ended by %s", number, signal.Signals(signum).name)
-            elif status and not ending and failure is None:
-                failure = last_error(messages, status)
-        look()
-    if failure:
-        raise failure
-
-
-def last_error(messages: Path, status: int) -> UserError | RunError:
-    """What a worker ended with."""
-    lines = messages.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    reason = lines[-1].removeprefix("error: ") if lines else f"a worker ended with status {status}"
-    return UserError(reason) if status == 2 else RunError(reason)
-
-
-def end_with_parent(parent: int) -> None:
-    """Have this worker save and end where the command that began it was killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 # --- a study that is there -----------------------------------------------------------------------------------
@@ -309,7 +222,7 @@ def retrain(shared: SharedStudy, overrides: list[str]) -> None:
 
 def retrained(shared: SharedStudy, overrides: list[str], seed: int) -> dict[str, Any]:
     """The metrics of a run in the study's folder, which a later call finds done or continues."""
-    from mnist_cnn.search.study import trial_log
+    from mnist_cnn.search.worker import trial_log
     from mnist_cnn.training.fit import fit
 
     folder = shared.folder / "retrain" / f"seed_{seed}"

@@ -24,10 +24,11 @@ from optuna.trial import TrialState, create_trial
 from PIL import Image
 
 from mnist_cnn import sweep
-from mnist_cnn.config.settings import without_password
-from mnist_cnn.search import report
+from mnist_cnn.config.study_settings import without_password
+from mnist_cnn.search import plots, report
 from mnist_cnn.search import study as of_study
-from mnist_cnn.search.study import SharedStudy, Stop, Worker
+from mnist_cnn.search.study import SharedStudy
+from mnist_cnn.search.worker import Stop, Worker
 
 COMMAND = ("-m", "mnist_cnn.sweep")
 QUICK = ("data=digits", "epochs=1", "architecture=conv10", "data.batch_size=64")
@@ -248,9 +249,9 @@ def test_any_study_can_be_drawn(tmp_path, not_drawn):
                 space if number < 1 else {"lr": optuna.distributions.FloatDistribution(1e-4, 1, log=True)}
             )
             study.tell(trial, value, TrialState.COMPLETE if value else TrialState.FAIL)
-        drawn = report.Drawn(SimpleNamespace(metric="val/accuracy", trials=study.get_trials))
-        report.write_pictures(drawn, "a title", tmp_path / "pictures")
-        report.write_page(drawn, "<a title>", "about it", tmp_path / "report.html")
+        drawn = plots.Drawn(SimpleNamespace(metric="val/accuracy", trials=study.get_trials))
+        plots.write_pictures(drawn, "a title", tmp_path / "pictures")
+        plots.write_page(drawn, "<a title>", "about it", tmp_path / "report.html")
         for picture in (tmp_path / "pictures").iterdir():
             assert np.asarray(Image.open(picture).convert("L")).std() > 5
         assert "&lt;a title&gt;" in (tmp_path / "report.html").read_text()
@@ -551,7 +552,7 @@ def test_workers_have_their_part_of_the_threads_and_one_gpu_each(run, monkeypatc
         def poll(self):
             return 0
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", Ended)
+    monkeypatch.setattr("subprocess.Popen", Ended)
     monkeypatch.setattr("joblib.cpu_count", lambda: 13)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -611,6 +612,6 @@ def test_a_machine_without_the_data_says_so_once_and_costs_no_trial(run, tmp_pat
         def poll(self):
             return 2
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", Refused)
+    monkeypatch.setattr("subprocess.Popen", Refused)
     refused(run(*words, "workers=3"), "error: /dev/null/data cannot be written")
     assert {trial.state for trial in trials(tmp_path / "study")} == {TrialState.WAITING}

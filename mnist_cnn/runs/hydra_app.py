@@ -28,7 +28,8 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.config.schema import RunError, Strict, UserError, nearest, validated
-from mnist_cnn.config.settings import CONF, OWNED_TRAINER_KEYS, Evaluate, Export, Import, Predict, SweepSettings, Train
+from mnist_cnn.config.settings import CONF, OWNED_TRAINER_KEYS, Evaluate, Export, Import, Predict, Train
+from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.folder import claim, discard, read_run, release_all, write_whole
 
 log = logging.getLogger(__name__)

@@ -9,18 +9,14 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,24 +25,15 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from mnist_cnn.config.schema import Strict, UserError, validated
+from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs import hydra_app
-from mnist_cnn.runs.folder import claim, override_key, read_run, refuse_old, release, write_csv, write_whole
+from mnist_cnn.runs.folder import claim, release, write_csv
 from mnist_cnn.runs.hydra_app import chosen, in_one_line, job_title, literal, plain_job, refuse
+from mnist_cnn.runs.machine import GPUS, cores, visible_gpus
+from mnist_cnn.runs.sweep_record import RECORD, Job, continued, job_overrides, require_same, write_record
 
 log = logging.getLogger(__name__)
-
-RECORD = "sweep.yaml"  # the sweep's command
-GPUS = "MNIST_CNN_GPUS"  # the environment variable by which jobs know which GPUs they share
-OF_THE_COMMAND = ("fail_fast", "multirun.resume")  # these overrides change no job
-
-
-class Job(NamedTuple):
-    number: int
-    overrides: list[str]
-    folder: Path
-    settings: Strict
 
 
 @dataclass
@@ -204,32 +191,8 @@ def share_machine(config: DictConfig, jobs: list[Job]) -> None:
     limits = {"JoblibLauncher": "hydra.launcher.n_jobs", "LocalLauncher": "hydra.sweeper.max_batch_size"}
     if key := limits.get(launcher):
         asked = OmegaConf.select(config, key) or 0
-        at_once = asked if asked > 0 else len(gpus) or _cores()
+        at_once = asked if asked > 0 else len(gpus) or cores()
         _set_everywhere(config, key, min(at_once, len(jobs) or at_once))
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs as CUDA_VISIBLE_DEVICES names them; asked of nvidia-smi, as torch takes seconds to import."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip().isdigit()]
-
-
-def gpus_of_job(number: int, at_once: int) -> str:
-    """CUDA_VISIBLE_DEVICES for a job of `at_once` on this machine: its part of the GPUs, and at least one."""
-    gpus = [gpu for gpu in os.environ.get(GPUS, "").split(",") if gpu]
-    each = max(1, len(gpus) // at_once)
-    first = number * each % max(1, len(gpus))
-    return ",".join(gpus[first : first + each]) or os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-
-
-def threads_of_job(at_once: int) -> str:
-    """OMP_NUM_THREADS for a job of `at_once` on this machine."""
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // at_once))
 
 
 def with_own_threads(settings: Train) -> Train:
@@ -239,138 +202,6 @@ def with_own_threads(settings: Train) -> Train:
         return settings
     accelerator = settings.accelerator.model_copy(update={"threads": int(threads)})
     return settings.model_copy(update={"accelerator": accelerator})
-
-
-def _cores() -> int:
-    """Those that this process may use, in a container too."""
-    from joblib import cpu_count
-
-    return cpu_count()
-
-
-# For the launchers of conf/hydra/launcher.
-for _resolver in (gpus_of_job, threads_of_job):
-    OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
-
-
-# --- continuing --------------------------------------------------------------------------------------------
-
-
-def job_overrides(overrides: list[str]) -> list[str]:
-    """Those that make a job what it is."""
-    return [word for word in overrides if override_key(word) not in OF_THE_COMMAND]
-
-
-def write_record(folder: Path, config: DictConfig) -> None:
-    """Note a sweep's command in its folder, once."""
-    if (folder / RECORD).exists():
-        return
-    sources = [source.path for source in config.hydra.runtime.config_sources if source.provider == "command-line"]
-    record = {
-        "version": version("mnist-cnn"),
-        "overrides": list(config.hydra.overrides.task),
-        "hydra": list(config.hydra.overrides.hydra),
-        "config_dir": sources[0] if sources else None,
-        "working_folder": config.hydra.runtime.cwd,
-    }
-    write_whole(folder / RECORD, yaml.safe_dump(record, sort_keys=False))
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """A sweep's command, from its folder.
-
-    Raises:
-        UserError: there is none of mnist-train, or it is one of a version before 0.2.
-    """
-    for file in (RECORD, "multirun.yaml"):
-        try:
-            record = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
-            if file == RECORD and isinstance(record["overrides"], list):
-                return record
-            if record["hydra"]["job"]["config_name"] == "train":  # Hydra's, of a version that wrote none of its own
-                for job in folder.glob("*/config.yaml"):
-                    read_run(job.parent)
-                refuse_old(folder, "0.1.0")
-        except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
-            continue
-    raise UserError(f"{folder} is not a sweep's folder: it has no {RECORD} of mnist-train -m")
-
-
-def require_same(folder: Path, config: DictConfig, jobs: list[Job]) -> None:
-    """Raise UserError, with what differs, where the command is not that of the sweep in `folder`."""
-    theirs = job_overrides(read_record(folder)["overrides"])
-    if differing := differences(theirs, job_overrides(list(config.hydra.overrides.task))):
-        raise UserError(
-            f"{folder} is another sweep's folder: it has {differing}; choose another folder, or continue that "
-            f"sweep with: mnist-train -m multirun.resume={folder}"
-        )
-    begun = {path.parent for path in folder.rglob("config.yaml") if path.parent.name != ".hydra"}
-    for job in jobs:
-        place = folder / job.folder
-        if place in begun and (changed := changed_keys(read_run(place)[0], job.settings)):
-            raise UserError(
-                f"{folder} is another sweep's folder: its {job.folder} has another {', another '.join(changed)}; "
-                "choose another"
-            )
-    if foreign := begun - {folder / job.folder for job in jobs}:
-        raise UserError(
-            f"{folder} is another sweep's folder: {min(foreign).name} is no job of this one; choose another"
-        )
-
-
-def differences(theirs: list[str], ours: list[str]) -> str:
-    """`"seed=1, not seed=2; …"`, or nothing where both are the same."""
-    if theirs == ours:
-        return ""
-    was, asked = ({override_key(word): word for word in words} for words in (theirs, ours))
-    keys = [key for key in dict.fromkeys([*was, *asked]) if was.get(key) != asked.get(key)]
-    named = [f"{was.get(key, f'no {key}')}, not {asked.get(key, 'none')}" for key in keys]
-    return "; ".join(named) or f"{' '.join(theirs)}, not {' '.join(ours)}"
-
-
-def changed_keys(stored: Train, settings: Strict) -> list[str]:
-    """What of a job that has begun would not be the same now, as where a YAML was edited."""
-    may_change = {"resume", "plots", "accelerator", "checkpoint", "logger", "fail_fast", "multirun", "data"}
-    was, now = (
-        {key: value for key, value in content.items() if key not in may_change}
-        | {f"data.{key}": value for key, value in content["data"].items() if key != "root"}
-        for content in (stored.model_dump(), settings.model_dump())
-    )
-    # These two are brought by the checkpoint that a run starts from.
-    brought = {"architecture", "data.normalization"} if stored.initialize else set()
-    return [key for key in was if key not in brought and was[key] != now.get(key)]
-
-
-def continued(words: list[str]) -> list[str]:
-    """The command line with `multirun.resume=FOLDER` written out: the sweep's own overrides, in its own folder.
-
-    Raises:
-        UserError: FOLDER is no sweep's.
-    """
-    arguments = hydra_app.parsed(words)
-    ours = {override_key(word): word for word in arguments.overrides}
-    if (resume := ours.pop("multirun.resume", None)) is None:
-        return words
-    named = OverridesParser.create().parse_override(resume).value()
-    if named in (None, ""):
-        raise UserError("multirun.resume is empty: name a sweep's folder")
-    if "hydra.sweep.dir" in ours:
-        raise UserError("multirun.resume names the sweep's folder: leave out hydra.sweep.dir")
-    folder = Path(str(named)).absolute()
-    record = read_record(folder)
-    flags = ["--multirun"]
-    if config_dir := arguments.config_dir or record["config_dir"]:
-        flags += ["--config-dir", str(Path(config_dir).absolute())]
-    if Path(record["working_folder"]).is_dir():
-        os.chdir(record["working_folder"])  # relative paths in the sweep's overrides mean what they meant
-    theirs = {
-        override_key(word): word
-        for word in [*record["overrides"], *record["hydra"]]
-        if override_key(word) != "hydra.mode"
-    }
-    if "hydra/launcher" in ours:  # without the settings of the one before
-        theirs = {key: word for key, word in theirs.items() if not key.startswith("hydra.launcher.")}
-    return [*flags, *{**theirs, **ours, "hydra.sweep.dir": literal("hydra.sweep.dir", str(folder))}.values()]
 
 
 # --- what jobs have done -----------------------------------------------------------------------------------

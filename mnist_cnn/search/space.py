@@ -13,7 +13,8 @@ import hydra
 from omegaconf import OmegaConf
 
 from mnist_cnn.config.schema import UserError, nearest, validated
-from mnist_cnn.config.settings import Choices, FloatRange, IntRange, SweepSettings, Train
+from mnist_cnn.config.settings import Train
+from mnist_cnn.config.study_settings import Choices, FloatRange, IntRange, SweepSettings
 from mnist_cnn.runs.folder import override_key
 from mnist_cnn.runs.hydra_app import folder_name, in_one_line, literal, plain_job
 
