@@ -151,7 +151,7 @@ def calibrate(checkpoint: str, member_logits: Tensor, labels: Tensor, error_befo
     factor = fit_temperature(member_logits, labels)
     calibrated = description.model_copy(update={"temperature": description.temperature * factor})
     new = path.with_name(f"{path.stem}_calibrated.ckpt")
-    save_weights(new, calibrated, {f"network.{name}": value for name, value in network.state_dict().items()})
+    save_weights(new, calibrated, network)
     error = score(mean_logits(member_logits / factor), labels).calibration_error
     log.info("temperature %.4f; calibration error before %.4f, after %.4f", calibrated.temperature, error_before, error)
     log.info("%s", new)

@@ -67,8 +67,7 @@ def write_checkpoint(imported: ImportedNetwork, output: Path) -> None:
         "versions": versions(),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    state = {f"network.{name}": value for name, value in weights.items()}
-    save_weights(output, validated(Description, description), state)
+    save_weights(output, validated(Description, description), network)
 
 
 if __name__ == "__main__":

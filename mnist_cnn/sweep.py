@@ -23,7 +23,7 @@ from mnist_cnn.config.schema import RunError, UserError, validated
 from mnist_cnn.config.settings import CONF
 from mnist_cnn.config.study_settings import SweepSettings, without_password
 from mnist_cnn.runs.folder import override_key, refuse_occupied, write_whole
-from mnist_cnn.runs.hydra_app import guarded, plain, refuse, run_command
+from mnist_cnn.runs.hydra_app import guarded, plain, refuse, run_command, user_config_dir
 from mnist_cnn.search.space import Space, compose, study_name, training_overrides
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def open_study(settings: SweepSettings, space: Space, name: str) -> SharedStudy:
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        shared = SharedStudy(settings, name, folder, config_dir())
+        shared = SharedStudy(settings, name, folder, user_config_dir(HydraConfig.get()))
     except UserError:
         if new and not any(folder.iterdir()):
             folder.rmdir()
@@ -143,14 +143,6 @@ def open_study(settings: SweepSettings, space: Space, name: str) -> SharedStudy:
     shared.require_same(space, settings)
     shared.write_study_file()
     return shared
-
-
-def config_dir() -> str | None:
-    """The folder that the user's --config-dir names."""
-    for source in HydraConfig.get().runtime.config_sources:
-        if source.provider == "command-line":
-            return str(Path(source.path).absolute())
-    return None
 
 
 def check_machine(settings: SweepSettings) -> None:
@@ -173,7 +165,7 @@ def existing(settings: SweepSettings, folder: Path) -> SharedStudy:
     about = read_study_file(folder)
     storage = settings.storage or about["storage"]
     update = {"metric": about["metric"], "retries": about["retries"], "storage": storage}
-    own = config_dir() or about["config_dir"]
+    own = user_config_dir(HydraConfig.get()) or about["config_dir"]
     return SharedStudy(settings.model_copy(update=update), about["study"], folder, own, begin=False)
 
 

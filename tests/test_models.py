@@ -174,8 +174,7 @@ def test_a_checkpoint_rebuilds_its_network(tmp_path):
     network = ConvNet(shipped("conv10"), classes=4, mean=33.3, std=78.6).eval()
     data = {"name": "mnist", "validation": 0.1, "validation_from": "last", "normalization": "standard", "seed": 1}
     about = {"format": FORMAT, "architecture": shipped("conv10"), "classes": list("abcd"), "data": data, "versions": {}}
-    state = {f"network.{name}": value for name, value in network.state_dict().items()}
-    save_weights(tmp_path / "x.ckpt", Description.model_validate(about), state)
+    save_weights(tmp_path / "x.ckpt", Description.model_validate(about), network)
     again, description = rebuild(tmp_path / "x.ckpt")
     assert description.classes == list("abcd")
     assert description.data.validation == 0.1

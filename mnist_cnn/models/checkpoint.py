@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,10 +133,11 @@ def save(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def save_weights(path: Path, description: Description, state: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint of weights and description."""
+def save_weights(path: Path, description: Description, network: ConvNet) -> None:
+    """Write a checkpoint of a network's weights and its description."""
     about = {**description.model_dump(), "format": FORMAT}
-    save(path, {"state_dict": {name: value.clone() for name, value in state.items()}, "mnist_cnn": about})
+    state = {f"network.{name}": value.clone() for name, value in network.state_dict().items()}
+    save(path, {"state_dict": state, "mnist_cnn": about})
 
 
 def network_of(path: str | Path, description: Description, state: Any) -> ConvNet:

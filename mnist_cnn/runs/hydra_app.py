@@ -163,6 +163,14 @@ def chosen(config: DictConfig, key: str) -> bool:
     return any(override.lstrip("+").startswith(f"{key}=") for override in config.hydra.overrides.hydra)
 
 
+def user_config_dir(hydra_config: Any) -> str | None:
+    """The folder that the user's --config-dir names, from Hydra's own configuration of the command."""
+    for source in hydra_config.runtime.config_sources:
+        if source.provider == "command-line":
+            return str(Path(source.path).absolute())
+    return None
+
+
 class RunCallback(Callback):
     """Hydra's hook before a single run: refuse wrong settings before a folder is made, then claim the folder."""
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from mnist_cnn.config.schema import Strict, UserError
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs.folder import override_key, read_run, refuse_old, write_whole
-from mnist_cnn.runs.hydra_app import literal, parsed
+from mnist_cnn.runs.hydra_app import literal, parsed, user_config_dir
 
 RECORD = "sweep.yaml"  # the sweep's command
 OF_THE_COMMAND = ("fail_fast", "multirun.resume")  # these overrides change no job
@@ -36,12 +36,11 @@ def write_record(folder: Path, config: DictConfig) -> None:
     """Note a sweep's command in its folder, once."""
     if (folder / RECORD).exists():
         return
-    sources = [source.path for source in config.hydra.runtime.config_sources if source.provider == "command-line"]
     record = {
         "version": version("mnist-cnn"),
         "overrides": list(config.hydra.overrides.task),
         "hydra": list(config.hydra.overrides.hydra),
-        "config_dir": sources[0] if sources else None,
+        "config_dir": user_config_dir(config.hydra),
         "working_folder": config.hydra.runtime.cwd,
     }
     write_whole(folder / RECORD, yaml.safe_dump(record, sort_keys=False))
