@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mnist_cnn.config.schema import RunError
 from mnist_cnn.config.settings import CONF
 from mnist_cnn.runs.folder import write_csv, write_whole
-from mnist_cnn.search.plots import Drawn, write_page, write_pictures
+from mnist_cnn.search.plots import write_plots
 from mnist_cnn.search.space import NOT_SEARCHED, text, with_config_dir
 from mnist_cnn.search.study import SharedStudy, history_of
 
@@ -112,9 +112,7 @@ def write_report(shared: SharedStudy) -> FrozenTrial | None:
             experiment(best.user_attrs["overrides"], shared.config_dir), sort_keys=False, allow_unicode=True
         ),
     )
-    drawn = Drawn(shared)
-    write_page(drawn, title, parameters(best), shared.folder / "report.html")
-    write_pictures(drawn, title, shared.folder / "pictures")
+    write_plots(shared, title, parameters(best))
     return best
 
 

@@ -38,7 +38,7 @@ def record(folder):
     records["runs"].update(recipes.runs_in(folder, records["tutorials"]))
     if (folder / "retrain.json").exists():
         records["study"] = retrained_study(folder)
-        shutil.copyfile(folder / "pictures" / "study.png", STUDY_PICTURE)
+        shutil.copyfile(folder / "pictures" / "slice.png", STUDY_PICTURE)
     write_json(RECIPES, records, indent=1)
     record_tables.update(record_tables.collected(folder))
     for file in sorted(folder.glob("**/chaos.json")):
