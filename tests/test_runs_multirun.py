@@ -274,27 +274,26 @@ def test_jobs_share_the_gpus(monkeypatch, gpus, at_once, expected):
     assert [machine.gpus_of_job(number, at_once) for number in range(3)] == expected
 
 
-@pytest.mark.parametrize("launcher", ["parallel", "submitit"])
-def test_jobs_at_once_are_the_jobs_alone(run, start, tmp_path, launcher):
-    """Each has its own of two GPUs and a part of the threads; a failing one is reported, and a line tells of each."""
-    pytest.importorskip({"parallel": "joblib", "submitit": "submitit"}[launcher])
+def test_jobs_at_once_are_the_jobs_alone(run, start, tmp_path):
+    """Each has its own of two GPUs and a part of the threads; a failing one is reported, and a line tells of each.
+
+    Of submitit: tests/test_runs_slurm.py.
+    """
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho 0\necho 1\n")
     program.chmod(0o755)
     small = (*SMALL, "epochs=1", "optimizer._target_=disturbed.Noting")
-    words = (*small, "initialize=null,nowhere", f"hydra/launcher={launcher}")
+    words = (*small, "initialize=null,nowhere", "hydra/launcher=parallel")
     process = start(*TRAIN, *words, env={"PATH": f"{program.parent}:{os.environ['PATH']}"})
     status, out, err = outcome(process)
     assert status == 1, err
     wait_until(lambda: not processes(process.pid))  # joblib's tracker of resources ends a moment later
     assert "epoch 1/1" not in out
-    *lines, last = err.splitlines()
+    line, last = err.splitlines()
     assert re.fullmatch(r"1 of 2 jobs failed; continue with: mnist-train -m multirun.resume=\S+", last)
-    if launcher == "parallel":
-        (line,) = lines
-        assert re.fullmatch(r"error: job 1 \(.* initialize=nowhere.*\): checkpoint nowhere does not exist.*", line)
-        assert len(re.findall(r"^job 0 \(.*\): test accuracy [\d.]+%, [\d.]+ s$", out, flags=re.MULTILINE)) == 1
+    assert re.fullmatch(r"error: job 1 \(.* initialize=nowhere.*\): checkpoint nowhere does not exist.*", line)
+    assert len(re.findall(r"^job 0 \(.*\): test accuracy [\d.]+%, [\d.]+ s$", out, flags=re.MULTILINE)) == 1
     finished, failed = table(tmp_path / "sweep").items()
     assert (finished[1]["error"], failed[1]["error"][:18]) == ("", "checkpoint nowhere")
     assert (tmp_path / "noted").read_text() == "GPU 0, 1 thread"

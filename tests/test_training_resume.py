@@ -80,14 +80,12 @@ def no_room(path):
 # --- signals -------------------------------------------------------------------------------------------------
 
 MOMENTS = [
-    *(("plain", signal.SIGTERM, step) for step in (1, 8, STEPS, 2 * STEPS)),
-    ("plain", signal.SIGINT, STEPS + 9),
-    *(("everything", signal.SIGTERM, step) for step in (1, STEPS)),
-    ("everything", signal.SIGINT, 2 * STEPS - 1),
-    *(("accumulation", signal.SIGTERM, step) for step in (2, STEPS - 1, STEPS + 7)),
-    *(("validation within the epoch", signal.SIGTERM, step) for step in (5, 7)),
+    *(("plain", signal.SIGTERM, step) for step in (1, STEPS)),
+    ("everything", signal.SIGINT, STEPS + 9),
+    *(("accumulation", signal.SIGTERM, step) for step in (STEPS - 1, STEPS + 7)),
+    ("validation within the epoch", signal.SIGTERM, 5),
     ("no validation", signal.SIGTERM, 23),  # the last of the first epoch there
-    *(("limited steps", signal.SIGTERM, step) for step in (STEPS + 2, STEPS + 5)),
+    ("limited steps", signal.SIGTERM, STEPS + 5),
 ]
 
 
@@ -165,9 +163,9 @@ def killed(run, prepare, *words):
 @pytest.mark.parametrize(
     ("variant", "step"),
     [
-        *(("plain", step) for step in (1, 9)),
-        *(("everything", step) for step in (STEPS, STEPS + 9)),
-        *(("accumulation", step) for step in (11, STEPS + 1)),
+        ("plain", 1),
+        ("everything", STEPS),
+        ("accumulation", STEPS + 1),
     ],
 )
 def test_a_killed_run_goes_on_from_its_last_checkpoint(run, tmp_path, signalled, undisturbed, variant, step):
@@ -179,7 +177,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(run, tmp_path, signalled,
     equal(undisturbed(variant), tmp_path / "run")
 
 
-@pytest.mark.parametrize("write", [1, 2, 11, STEPS + 1, STEPS + 2, STEPS + 3])
+@pytest.mark.parametrize("write", [1, 11, STEPS + 1, STEPS + 3])
 def test_killed_while_a_file_is_written(run, tmp_path, signalled, undisturbed, write):
     """Before it has its name: what was there stays whole, and what was half written is cleared away.
 
