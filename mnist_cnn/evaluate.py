@@ -63,7 +63,7 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
     if config.plots:
         from mnist_cnn.inference import plots
 
-        plots.evaluation_plots(folder / "plots", digits.images, digits.labels, logits.argmax(1), scores, classes)
+        plots.evaluation_plots(folder / "plots", digits.images, digits.labels, logits, scores, classes)
     print_results(config, digits, classes, probabilities, scores)
     log.info("%s", folder)
     return figures

@@ -68,7 +68,7 @@ def predict(config: Predict) -> None:
     classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta)
     form = form_for(classifier.description.data.name, config.mode)
     pictures = find_pictures(config.images, as_bytes=config.input == "bytes")
-    failed = 0
+    failed = count = 0
     drawn: list[tuple[DigitRead, Prediction]] = []
     bar = tqdm(unit=" pictures", disable=None, leave=False)  # on a terminal only
     with bar, prediction_writer(config.output) as writer:
@@ -78,10 +78,11 @@ def predict(config: Predict) -> None:
             rows = classify_batch(digits, classifier, config.top_k)
             writer.write(rows)
             failed += report_errors(digits)
+            count += len(digits)
             drawn += [(one, row) for one, row in zip(digits, rows, strict=True) if one.thumbnail is not None]
             bar.update(len(batch))
     if config.grid:
-        draw_grid(drawn, Path(config.grid))
+        draw_grid(drawn, count, Path(config.grid))
     if failed and not config.skip_errors:
         raise SystemExit(1)
 
@@ -140,12 +141,14 @@ def thumbnail(picture: Any) -> NDArray[np.uint8]:
     return np.asarray(ImageOps.pad(image, (112, 112), color=(200, 200, 200)))
 
 
-def draw_grid(drawn: list[tuple[DigitRead, Prediction]], path: Path) -> None:
-    """Draw the first pictures, each beside the digit that the network saw, under its label and probability."""
+def draw_grid(drawn: list[tuple[DigitRead, Prediction]], count: int, path: Path) -> None:
+    """Draw the first of `count` pictures, each beside the digit that the network saw, under its label."""
     from mnist_cnn.inference import plots
 
     plots.prediction_grid(
-        [(one.thumbnail, one.digit, f"{row['label']}  {row['probability']:.1%}") for one, row in drawn], path
+        [(one.thumbnail, one.digit, f"{row['label']}  {row['probability']:.1%}") for one, row in drawn],
+        count - len(drawn),
+        path,
     )
     log.info("%s", path)
 

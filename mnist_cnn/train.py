@@ -1,14 +1,26 @@
 """mnist-train: train a convnet, test it once, leave a run's folder. Also `mnist_cnn.train`, the same from Python.
 
-torch and Lightning take seconds to import: that is done only once the configuration is known to be right.
+from mnist_cnn import train
+
+run = train(["data=digits", "epochs=3"])
+run.metrics, run.history, run.classifier, run.folder
 """
+
+# torch and Lightning take seconds to import: that is done only once the configuration is known to be right.
 
 from __future__ import annotations
 
+import base64
+import csv
+import html
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,13 +33,27 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Train
 from mnist_cnn.runs.folder import claim, discard, release
-from mnist_cnn.runs.hydra_app import guarded, in_one_line, in_worker, is_sweep, plain, plain_job, run_command
+from mnist_cnn.runs.hydra_app import (
+    STOPPED,
+    Console,
+    guarded,
+    in_one_line,
+    in_worker,
+    is_sweep,
+    plain,
+    plain_job,
+    run_command,
+)
 from mnist_cnn.runs.multirun import run_sweep, state, with_own_threads
 
 if TYPE_CHECKING:
+    from mnist_cnn.inference.classifier import Classifier
     from mnist_cnn.training.fit import Metrics
 
+__all__ = ["Run", "train"]
+
 log = logging.getLogger(__name__)
+_training = threading.Lock()  # Hydra, torch's random numbers and signals are the process's: one run at a time
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -56,15 +82,61 @@ def main() -> None:
     run_command(lambda: run_sweep(job), "train")
 
 
-def train(config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:
-    """Train as `mnist-train` does, and return the metrics that it writes to metrics.json.
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run's folder: what `train` returns. In a notebook it shows its figures and learning curves.
+
+    Attributes:
+        folder: where the run has left everything.
+        metrics: metrics.json, such as `run.metrics["test/accuracy"]`.
+        history: the rows of metrics.csv, one an epoch; `pandas.DataFrame(run.history)` takes them as they are.
+        classifier: the tested checkpoint, loaded when it is asked for first.
+    """
+
+    folder: Path
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        file = self.folder / "metrics.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    @cached_property
+    def history(self) -> list[dict[str, float]]:
+        with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        from mnist_cnn.inference.classifier import load_classifier
+
+        return load_classifier(self.folder)
+
+    def __repr__(self) -> str:
+        accuracy = self.metrics.get("test/accuracy")
+        return f"Run('{self.folder}'{'' if accuracy is None else f', test accuracy {accuracy:.2%}'})"
+
+    def _repr_html_(self) -> str:
+        from mnist_cnn.inference.plots import learning_curves, png
+
+        picture = base64.b64encode(png(learning_curves({"": self.history}))).decode()
+        rows = "".join(f"<tr><td>{key}</td><td>{value:.6g}</td></tr>" for key, value in self.metrics.items() if value)
+        about = f"<p>{html.escape(repr(self))}</p><table>{rows}</table>"
+        return f'{about}<img alt="learning curves" src="data:image/png;base64,{picture}">'
+
+
+def train(config: Sequence[str] | Mapping[str, Any] = (), verbose: bool = True) -> Run:
+    """Train as `mnist-train` does.
 
     Args:
         config: overrides as on the command line, such as `["data=digits", "epochs=3"]`, or a whole configuration.
+        verbose: print a line for each epoch, as the command does.
 
     Raises:
-        UserError: a setting, a file or a device is wrong; the message is one line.
+        UserError: a setting, a file or a device is wrong, or another thread trains; the message is one line.
+        KeyboardInterrupt: after Ctrl-C; the run is saved, and `["resume=FOLDER"]` continues it.
     """
+    if not _training.acquire(blocking=False):
+        raise UserError("another thread of this process trains: wait for it, or train in a process of your own")
     words = [config] if isinstance(config, str) else config
     overrides = [] if isinstance(words, Mapping) else [str(override) for override in words]
     folder: Path | None = None
@@ -82,15 +154,38 @@ def train(config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:
         settings = validated(Train, plain_job(composed, folder))  # loggers write into the folder
         from mnist_cnn.training.fit import fit
 
-        return fit(settings, folder, overrides, {} if isinstance(config, Mapping) else composed.hydra.runtime.choices)
+        with _printed(verbose):
+            choices = {} if isinstance(config, Mapping) else composed.hydra.runtime.choices
+            fit(settings, folder, overrides, choices, silent=not verbose)
+        return Run(folder)
     except (UserError, OmegaConfBaseException) as error:
         if folder:
             discard(folder)
         raise UserError(in_one_line(error, "train")) from None
+    except SystemExit as ended:
+        if ended.code != STOPPED[0]:
+            raise
+        raise KeyboardInterrupt(f"{folder} is saved") from None  # the interpreter or the notebook goes on
     finally:
         HydraConfig.instance().cfg = previous
         if folder:
             release(folder)
+        _training.release()
+
+
+@contextmanager
+def _printed(verbose: bool) -> Iterator[None]:
+    """The package's lines on stdout and stderr, or nowhere; where a program has handlers of its own, they have them."""
+    package, console = logging.getLogger("mnist_cnn"), Console()
+    before = package.level
+    if not package.hasHandlers():
+        package.addHandler(console)
+    package.setLevel(logging.INFO if verbose else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        package.removeHandler(console)
+        package.setLevel(before)
 
 
 def composed_of(overrides: list[str]) -> DictConfig:
@@ -104,8 +199,8 @@ def composed_of(overrides: list[str]) -> DictConfig:
 class _Callable(ModuleType):
     """`mnist_cnn.train` is this module and the function alike, whichever was imported first."""
 
-    def __call__(self, config: Sequence[str] | Mapping[str, Any] = ()) -> Metrics:
-        return train(config)
+    def __call__(self, config: Sequence[str] | Mapping[str, Any] = (), verbose: bool = True) -> Run:
+        return train(config, verbose)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -40,7 +41,7 @@ def test_a_run_leaves_what_the_contract_says(run):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?", folder.name)
     assert folder.parent.parts[-2:] == ("outputs", "train")
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
-    pictures = ("training_digits", "learning_curves", "confusion_matrix", "incorrect_digits", "first_kernels")
+    pictures = ("training_digits", "learning_curves", "confusion_matrix", "incorrect_digits", "first_weights")
     pictures += ("feature_maps_1", "feature_maps_2", "feature_maps_3")
     assert files == {
         *("config.yaml", "metrics.json", "metrics.csv", "train.log", "checkpoints/best.ckpt", "checkpoints/last.ckpt"),
@@ -229,18 +230,63 @@ def test_wandb_offline_gets_the_figures(run, monkeypatch):
 # --- from Python -------------------------------------------------------------------------------------------
 
 
-def test_train_from_python_returns_what_it_writes(tmp_path, monkeypatch, capfd):
+def test_train_from_python_returns_a_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those of the commands in the tests before
-    returned = mnist_cnn.train(QUICK)
+    run = mnist_cnn.train(QUICK)
+    out, err = capfd.readouterr()
+    assert (len(re.findall(r"^epoch 1/1  loss", out, flags=re.MULTILINE)), err) == (1, "")
     (folder,) = (tmp_path / "outputs" / "train").iterdir()
-    assert returned == metrics(folder)
+    assert run.folder == folder
+    assert run.metrics == metrics(folder)
+    assert [row["epoch"] for row in run.history] == [1.0]
+    assert run.history[0]["val/accuracy"] == run.metrics["val/accuracy"]
+    assert run.classifier.network.parameter_count() == run.metrics["parameters"]
+    assert re.fullmatch(rf"Run\('{folder}', test accuracy \d\d\.\d\d%\)", repr(run))
+    assert '<img alt="learning curves" src="data:image/png;base64,' in run._repr_html_()
+    mnist_cnn.train(QUICK, verbose=False)
     assert capfd.readouterr() == ("", "")
     with pytest.raises(UserError, match="did you mean epochs"):
         mnist_cnn.train(["epoch=3"])
     with pytest.raises(UserError, match="another run's folder"):
         mnist_cnn.train([*QUICK, f"hydra.run.dir={folder}"])
-    assert len(list((tmp_path / "outputs" / "train").iterdir())) == 1
+    assert len(list((tmp_path / "outputs" / "train").iterdir())) == 2
+
+
+def test_ctrl_c_in_python_saves_the_run_and_is_pythons_own(tmp_path, monkeypatch, signalled):
+    monkeypatch.chdir(tmp_path)
+    signalled(signal.SIGINT, 5)
+    with pytest.raises(KeyboardInterrupt):
+        mnist_cnn.train([*QUICK, "hydra.run.dir=run"], verbose=False)
+    assert mnist_cnn.train(["resume=run"], verbose=False).metrics["epochs"] == 1
+
+
+def test_threads_train_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begun, outcomes = threading.Event(), []
+
+    class Meanwhile(logging.Handler):
+        def emit(self, record):
+            begun.set()
+
+    def work(wait):
+        if wait:
+            begun.wait(60)
+        try:
+            outcomes.append(mnist_cnn.train(QUICK).metrics["epochs"])
+        except UserError as error:
+            outcomes.append(str(error))
+
+    handler = Meanwhile()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    threads = [threading.Thread(target=work, args=(wait,)) for wait in (False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == ["another thread of this process trains: wait for it, or train in a process of your own", 1]
+    work(False)
+    assert outcomes[-1] == 1
 
 
 def test_train_from_python_takes_a_whole_configuration(tmp_path, monkeypatch):
@@ -249,8 +295,8 @@ def test_train_from_python_takes_a_whole_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", list(QUICK))
-    first, second = mnist_cnn.train(config), mnist_cnn.train(QUICK)
-    untimed = [{k: v for k, v in figures.items() if not k.endswith("_seconds")} for figures in (first, second)]
+    runs = mnist_cnn.train(config), mnist_cnn.train(QUICK)
+    untimed = [{key: value for key, value in run.metrics.items() if not key.endswith("_seconds")} for run in runs]
     assert untimed[0] == untimed[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,12 +87,33 @@ class Classifier:
         Raises:
             UserError: a picture cannot be read, is blank or is noise; the message names it.
         """
-        images = torch.from_numpy(digit_images(pictures, form_for(self.description.data.name, mode)))
-        return torch.softmax(self.logits(images), dim=1).numpy()
+        return torch.softmax(self.logits(self._digits(pictures, mode)), dim=1).numpy()
 
     def predict(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> list[str]:
         """The most probable class of each picture, by name; arguments and errors as for `probabilities`."""
         return [self.classes[index] for index in self.probabilities(pictures, mode).argmax(1)]
+
+    def top_k(self, pictures: Pictures, k: int = 3) -> list[list[tuple[str, float]]]:
+        """The k most probable classes of each picture with their probabilities, the most probable first."""
+        return [
+            [(self.classes[index], float(row[index])) for index in row.argsort()[::-1][:k]]
+            for row in self.probabilities(pictures)
+        ]
+
+    def feature_maps(self, picture: Picture) -> list[NDArray[np.float32]]:
+        """What each block of the first network finds in a picture: (filters, height, width) a block, after relu."""
+        return [maps[0].cpu().numpy() for maps in self.network.feature_maps(self._digits(picture))]
+
+    def show(self, picture: Picture) -> Image.Image:
+        """A picture beside what the network saw of it, and the probabilities as bars; a notebook shows it."""
+        from mnist_cnn.inference.plots import png, probability_bars
+
+        (digit,) = self._digits(picture).numpy()[:, 0]
+        figure = probability_bars(_opened(picture), digit, self.probabilities(picture)[0], self.classes)
+        return Image.open(io.BytesIO(png(figure)))
+
+    def _digits(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> Tensor:
+        return torch.from_numpy(digit_images(pictures, form_for(self.description.data.name, mode)))
 
 
 def mean_logits(logits: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,39 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mnist_cnn.inference.digit_image import visible_pixels
 from mnist_cnn.inference.metrics import Scores
 from mnist_cnn.models.convnet import ConvNet
 
 INK: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 255}  # the style of digits, dark on white
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, pil_kwargs={"compress_level": 1})  # a sweep's jobs draw theirs in half a second
+    path.write_bytes(png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, pil_kwargs={"compress_level": 1})  # a sweep's jobs draw theirs in half a second
+    return buffer.getvalue()
 
 
 def image_grid(
-    title: str, images: Any, labels: Sequence[str], columns: int, path: Path, inches: float = 1.0, **style: Any
+    title: str,
+    images: Any,
+    labels: Sequence[str],
+    columns: int,
+    path: Path,
+    inches: float = 1.0,
+    bar: bool = False,
+    **style: Any,
 ) -> None:
-    """Draw images (N, H, W) or (N, H, W, 3), each `inches` wide under its label, in one file.
+    """Draw images (H, W) or (H, W, 3), each `inches` wide under its label, in one file.
 
-    `style` goes to matplotlib's imshow. All are drawn into one axes: one for each image takes seconds to lay out.
+    `bar` adds a colour bar; `style` goes to matplotlib's imshow. All are drawn into one axes: one for each image takes
+    seconds to lay out.
     """
     lines = max([label.count("\n") + 1 for label in labels], default=1)
     height, width = np.shape(images[0])[:2] if len(images) else (28, 28)
@@ -38,15 +55,17 @@ def image_grid(
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(max(columns * inches * 1.15, 5.5), rows * inches * (height + gap_y) / width + 0.6))
     figure.suptitle(title, y=1 - 0.15 / figure.get_figheight(), va="top", fontsize=11)
-    axes = figure.add_axes((0.01, 0.01, 0.98, 1 - 0.5 / figure.get_figheight()))
+    axes = figure.add_axes((0.01, 0.01, 0.86 if bar else 0.98, 1 - 0.5 / figure.get_figheight()))
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         left, top = (number % columns) * (width + gap_x), (number // columns) * (height + gap_y)
-        axes.imshow(image, extent=(left, left + width, top + height, top), interpolation="nearest", **style)
+        drawn = axes.imshow(image, extent=(left, left + width, top + height, top), interpolation="nearest", **style)
         axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="0.8", linewidth=0.5))
         axes.text(left + width / 2, top - 0.03 * height, label, ha="center", va="bottom", fontsize=8)
     axes.set(xlim=(-gap_x, columns * (width + gap_x)), ylim=(rows * (height + gap_y), -gap_y), aspect="equal")
     axes.set_axis_off()
-    _save(figure, path)
+    if bar:
+        figure.colorbar(drawn, cax=figure.add_axes((0.89, 0.1, 0.02, 0.7)))
+    save(figure, path)
 
 
 def training_digits(images: Tensor, labels: Tensor, classes: list[str], seed: int, path: Path) -> None:
@@ -56,27 +75,37 @@ def training_digits(images: Tensor, labels: Tensor, classes: list[str], seed: in
     image_grid("24 random training digits with their labels", images[chosen, 0].numpy(), names, 6, path, **INK)
 
 
-def learning_curves(history: list[dict[str, float]], path: Path) -> None:
-    """Draw loss and accuracy by epoch, of training and, where there is one, validation.
+def learning_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], smoothed: bool = False) -> Figure:
+    """Loss and accuracy by epoch, of training and, where there is one, validation.
 
-    `history` has a row an epoch: epoch, train/loss, train/accuracy, val/loss, val/accuracy.
+    Args:
+        histories: by a run's name, its rows, one an epoch: epoch, train/loss, train/accuracy, val/loss, val/accuracy.
+        smoothed: whether training's loss is that of smoothed labels.
     """
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(10, 4))  # with margins given: to find them, matplotlib would draw everything twice
-    figure.subplots_adjust(0.08, 0.13, 0.98, 0.84, wspace=0.24)
+    figure = Figure(figsize=(10, 4.3))  # with margins given: to find them, matplotlib would draw everything twice
+    figure.subplots_adjust(0.08, 0.19, 0.98, 0.84, wspace=0.24)
     figure.suptitle("Learning curves")
+    colours = [f"C{number}" for number in range(len(histories))]
     for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split, name in (("train", "training"), ("val", "validation")):
-            values = [row.get(f"{split}/{measure}", np.nan) for row in history]
-            if not np.all(np.isnan(values)):
-                axes.plot(epochs, values, marker="o", label=name)
-        axes.set(xlabel="epoch", ylabel="cross entropy" if measure == "loss" else measure, title=measure)
+        for (name, rows), colour in zip(histories.items(), colours, strict=True):
+            parts = (("train", "training", "C0", "-"), ("val", "validation", "C1", "-"))
+            if len(histories) > 1:
+                parts = (("train", f"{name} training", colour, ":"), ("val", f"{name} validation", colour, "-"))
+            for part, label, each, style in parts:
+                values = [row.get(f"{part}/{measure}", np.nan) for row in rows]
+                if not np.all(np.isnan(values)):
+                    epochs = [row["epoch"] for row in rows]
+                    axes.plot(epochs, values, color=each, linestyle=style, marker="o", label=label)
+        loss = "cross entropy" + (" (training: of smoothed labels)" if smoothed else "")
+        axes.set(xlabel="epoch", ylabel=loss if measure == "loss" else measure, title=measure)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize=8 if len(histories) > 1 else None)
         if measure == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _save(figure, path)
+    note = "Training: the mean over an epoch while the weights change, with dropout and augmentation; "
+    figure.text(0.5, 0.02, note + "validation: of the epoch's end, without them.", ha="center", fontsize=8, color="0.4")
+    return figure
 
 
 def confusion_matrix(confusion: NDArray[np.int64], classes: list[str], title: str, path: Path) -> None:
@@ -94,64 +123,91 @@ def confusion_matrix(confusion: NDArray[np.int64], classes: list[str], title: st
             axes.text(predicted, expected, f"{number}", ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(classes)), classes, rotation=45 if long else 0, ha="right" if long else "center")
     axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="predicted", ylabel="expected", title=title)
-    _save(figure, path)
+    axes.set(xlabel="predicted (red: mistakes, the darker the more)", ylabel="expected", title=title)
+    save(figure, path)
 
 
-def incorrect_digits(images: Tensor, labels: Tensor, predicted: Tensor, classes: list[str], path: Path) -> None:
-    """Draw the first 24 digits that were not recognised, with index, prediction (p) and expectation (e).
+def incorrect_digits(images: Tensor, labels: Tensor, logits: Tensor, classes: list[str], path: Path) -> None:
+    """Draw the 24 digits of which the network was most wrongly sure: prediction (p) and expectation (e), how probable.
 
-    Images uint8 (N, 1, 28, 28), labels and predicted (N,).
+    Images uint8 (N, 1, 28, 28), labels (N,), logits (N, classes).
     """
-    indices = (predicted != labels).nonzero().flatten()
-    first = indices[:24].tolist()
-    names = [f"index {i}\np: {classes[int(predicted[i])]}, e: {classes[int(labels[i])]}" for i in first]
-    title = f"The first {len(first)} of {len(indices)} incorrect digits (p: predicted, e: expected)"
+    probabilities = logits.softmax(1)
+    sure, predicted = probabilities.max(1)
+    incorrect = (predicted != labels).nonzero().flatten()
+    first = incorrect[sure[incorrect].argsort(descending=True, stable=True)][:24].tolist()
+
+    def probable(index: int, label: int) -> str:
+        return f"{classes[label]} {probabilities[index, label]:.0%}"
+
+    names = [f"index {i}\np: {probable(i, int(predicted[i]))}\ne: {probable(i, int(labels[i]))}" for i in first]
+    title = f"{len(first)} of {len(incorrect)} incorrect digits, most sure first (p: predicted, e: expected)"
     image_grid(title if first else "No incorrect digit", [images[i, 0].numpy() for i in first], names, 6, path, **INK)
 
 
 def evaluation_plots(
-    folder: Path, images: Tensor, labels: Tensor, predicted: Tensor, scores: Scores, classes: list[str]
+    folder: Path, images: Tensor, labels: Tensor, logits: Tensor, scores: Scores, classes: list[str]
 ) -> None:
-    """Draw the confusion matrix and the first incorrect digits; images uint8 (N, 1, 28, 28), the others (N,)."""
+    """Draw the confusion matrix and incorrect digits; images uint8 (N, 1, 28, 28), labels (N,), logits (N, classes)."""
     title = f"Confusion matrix, {len(labels):,} digits, accuracy {scores.accuracy:.2%}"
     confusion_matrix(scores.confusion, classes, title, folder / "confusion_matrix.png")
-    incorrect_digits(images, labels, predicted, classes, folder / "incorrect_digits.png")
+    incorrect_digits(images, labels, logits, classes, folder / "incorrect_digits.png")
 
 
-def prediction_grid(pictures: Sequence[tuple[Any, Any, str]], path: Path) -> None:
-    """Draw each picture uint8 (112, 112, 3) beside the digit uint8 (28, 28) that the network saw, under its text."""
+def prediction_grid(pictures: Sequence[tuple[Any, Any, str]], left_out: int, path: Path) -> None:
+    """Draw each picture uint8 (112, 112, 3) beside the digit uint8 (28, 28) that the network saw, under its text.
+
+    The title says how many pictures are `left_out`.
+    """
     pairs = [
         np.concatenate([picture, np.repeat(np.kron(255 - digit, np.ones((4, 4), np.uint8))[..., None], 3, 2)], axis=1)
         for picture, digit, _ in pictures
     ]
     texts = [text for *_, text in pictures]
-    image_grid("Pictures, and what the network saw of them", pairs, texts, 4, path, inches=1.8)
+    more = f" ({left_out:,} more are not drawn)" if left_out else ""
+    image_grid(f"Pictures, and what the network saw of them{more}", pairs, texts, 4, path, inches=1.8)
 
 
-def first_kernels(network: ConvNet, path: Path) -> None:
-    """Draw the kernels of the first convolution, 64 at most: blue is negative, red positive. None, no file."""
-    convolution = next((m for m in network.modules() if isinstance(m, torch.nn.Conv2d)), None)
-    if convolution is None:
-        return
-    kernels = convolution.weight.detach().float().cpu()[:64, 0].numpy()
-    bound = float(np.abs(kernels).max()) or 1.0
-    size = "×".join(map(str, kernels.shape[1:]))
-    title = f"Kernels of the first convolution: {convolution.out_channels} of {size}, red positive, blue negative"
-    names = [f"filter {number}" for number in range(len(kernels))]
-    image_grid(title, kernels, names, 8, path, cmap="RdBu_r", vmin=-bound, vmax=bound)
+def probability_bars(picture: Any, digit: NDArray[np.uint8], probabilities: Any, classes: list[str]) -> Figure:
+    """A picture, the digit uint8 (28, 28) that the network saw of it, and the probabilities (classes,) as bars."""
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.4))
+    left.imshow(visible_pixels(picture).astype(np.uint8).squeeze(), cmap="gray", vmin=0, vmax=255)
+    left.set(title="picture")
+    middle.imshow(digit, **INK)
+    middle.set(title="what the network saw")
+    for axes in (left, middle):
+        axes.set_axis_off()
+    right.barh(classes, probabilities, color=["C1" if each == max(probabilities) else "C0" for each in probabilities])
+    right.set(title="probability", xlim=(0, 1))
+    right.invert_yaxis()
+    right.xaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure
+
+
+def first_weights(network: ConvNet, path: Path) -> None:
+    """Draw the kernels of the first convolution, or else the weights of the first layer as 28×28, 64 at most."""
+    layer = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
+    first = layer.weight.detach().float().cpu()[:64]
+    dense = first.ndim == 2
+    weights = (first.view(-1, 28, 28) if dense else first[:, 0]).numpy()
+    what, each = ("Weights of the first layer", "unit") if dense else ("Kernels of the first convolution", "filter")
+    bound = float(np.abs(weights).max()) or 1.0
+    count, size = len(layer.weight), "×".join(map(str, weights.shape[1:]))
+    shown = f"{count}" if count == len(weights) else f"the first {len(weights)} of {count}"
+    names = [f"{each} {number}" for number in range(1, len(weights) + 1)]
+    title = f"{what}: {shown}, of {size}"
+    image_grid(title, weights, names, 8, path, bar=True, cmap="RdBu_r", vmin=-bound, vmax=bound)
 
 
 def feature_maps(network: ConvNet, image: Tensor, label: str, folder: Path) -> None:
-    """Draw the output of each block for one digit, uint8 (1, 28, 28): feature_maps_1.png and so on in `folder`."""
-    device = network.mean.device
-    with torch.inference_mode():
-        x = (image.unsqueeze(0).to(device).float() - network.mean) / network.std
-        for number, block in enumerate(network.blocks, start=1):
-            x = block(x)
-            maps = x[0, :64].float().cpu().numpy()
-            size = "×".join(map(str, maps.shape[1:]))
-            shown = f"{len(maps)} maps" if len(maps) == x.shape[1] else f"the first {len(maps)} of {x.shape[1]} maps"
-            title = f"Feature maps of block {number} for a digit labelled {label} ({shown} of {size})"
-            names = [f"filter {index}" for index in range(len(maps))]
-            image_grid(title, list(maps), names, 8, folder / f"feature_maps_{number}.png", cmap="gray_r", vmin=0)
+    """Draw the output of each block beside the digit, uint8 (1, 28, 28): feature_maps_1.png and so on in `folder`."""
+    for number, maps in enumerate(network.feature_maps(image.unsqueeze(0)), start=1):
+        shown = maps[0, :64].cpu().numpy()
+        count, size = maps.shape[1], "×".join(map(str, shown.shape[1:]))
+        part = f"{count} maps" if count == len(shown) else f"the first {len(shown)} of {count} maps"
+        title = f"Block {number}: {part} of {size}, after ReLU, before pooling; dark is strong, each map scaled alone"
+        digit = image[0].numpy().astype(np.float32)
+        images = [digit, *shown]
+        names = [f"digit {label}", *(f"filter {index}" for index in range(1, len(shown) + 1))]
+        image_grid(title, images, names, 9, folder / f"feature_maps_{number}.png", cmap="gray_r", vmin=0)

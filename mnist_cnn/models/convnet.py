@@ -80,6 +80,19 @@ class ConvNet(nn.Module):
             and not any(block.batch_norm for block in self.specification.blocks)
         )
 
+    @torch.inference_mode()
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """What each block's filters find, after relu and before pooling: float (N, filters, height, width).
+
+        Images as of `forward`, of a network in evaluation mode.
+        """
+        x = (images.to(self.mean.device, self.mean.dtype) - self.mean) / self.std
+        maps = []
+        for layers, block in zip(self.blocks, self.specification.blocks, strict=True):
+            maps.append(torch.relu(layers[: 2 if block.batch_norm else 1](x)).float())  # type: ignore[index]
+            x = layers(x)
+        return maps
+
     def replace_logits(self, classes: int) -> None:
         """A new last layer, for other classes."""
         self.logits = nn.Linear(self.logits.in_features, classes)

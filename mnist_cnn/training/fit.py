@@ -159,7 +159,7 @@ def evaluated(
             logger.log_metrics({"test/loss": scores.loss, "test/accuracy": scores.accuracy}, trainer.global_step)
         logger.finalize("success")
     if config.plots:
-        draw(folder / "plots", best, data, module.history, logits, scores)
+        draw(folder / "plots", best, data, module.history, logits, scores, smoothed=config.label_smoothing > 0)
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if scores:
         log.info("%s", scores.headline("test"))
@@ -385,15 +385,16 @@ def draw(
     history: list[EpochRow],
     logits: Tensor | None,
     scores: Scores | None,
+    smoothed: bool,
 ) -> None:
     """A run's pictures; without the test's `logits` (N, 10) and `scores`, those of the training alone."""
     from mnist_cnn.inference import plots
 
     plots.training_digits(data.train.images, data.train.labels, data.classes, data.seed, folder / "training_digits.png")
-    plots.learning_curves(history, folder / "learning_curves.png")
-    plots.first_kernels(best.network, folder / "first_kernels.png")
+    plots.save(plots.learning_curves({"": history}, smoothed), folder / "learning_curves.png")
+    plots.first_weights(best.network, folder / "first_weights.png")
     if logits is None or scores is None:
         return
     label = data.classes[int(data.test.labels[0])]
     plots.feature_maps(best.network, data.test.images[0], label, folder)
-    plots.evaluation_plots(folder, data.test.images, data.test.labels, logits.argmax(1), scores, data.classes)
+    plots.evaluation_plots(folder, data.test.images, data.test.labels, logits, scores, data.classes)

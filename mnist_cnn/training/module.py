@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from mnist_cnn.config.schema import NotFiniteError
 from mnist_cnn.data.datamodule import MNISTDataModule
-from mnist_cnn.models.checkpoint import FORMAT
+from mnist_cnn.models.checkpoint import FORMAT, rebuild
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.runs.folder import versions
 
@@ -250,6 +250,15 @@ class DigitClassifier(pl.LightningModule):
         return f"at learning rate {self.trainer.optimizers[0].param_groups[0]['lr']:g}"
 
     # --- optimizer and checkpoint --------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *_: Any, **settings: Any) -> DigitClassifier:
+        """The module of a checkpoint that a run or any Trainer wrote; `settings` are arguments beside the network.
+
+        Raises:
+            UserError: the file is no whole checkpoint of this package.
+        """
+        return cls(rebuild(checkpoint_path)[0], **settings)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer([p for p in self.network.parameters() if p.requires_grad])

@@ -119,7 +119,7 @@ def checkpoint_content():
     """A checkpoint of a small network that trained for an epoch."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["data=digits", "epochs=1", "plots=false", "architecture.dense=[8]", f"hydra.run.dir={folder}/run"]
-        mnist_cnn.train([*words, "architecture.blocks=[{filters:2,kernel:5,pool:4,batch_norm:true}]"])
+        mnist_cnn.train([*words, "architecture.blocks=[{filters:2,kernel:5,pool:4,batch_norm:true}]"], verbose=False)
         return (Path(folder) / "run" / "checkpoints" / "best.ckpt").read_bytes()
 
 

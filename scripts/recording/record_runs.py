@@ -88,7 +88,7 @@ def cached(file, measure):
 def train_run(folder, words):
     """The figures of a run, whose checkpoint stays in its folder."""
     shutil.rmtree(folder, ignore_errors=True)  # cut short
-    metrics = mnist_cnn.train([*words, "plots=false", f"hydra.run.dir={folder}"])
+    metrics = mnist_cnn.train([*words, "plots=false", f"hydra.run.dir={folder}"], verbose=False).metrics
     config, about = read_run(folder)
     network, image = ConvNet(config.architecture), torch.zeros(1, 1, 28, 28)
     data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
