@@ -225,6 +225,9 @@ def test_model_checkpoint_writes_what_load_classifier_takes(trainer, tmp_path):
     assert loaded.description.history[-1]["val/accuracy"] == pytest.approx(best) == keeping.best_model_score
     accuracy = (loaded.logits(data.validation.images).argmax(1) == data.validation.labels).double().mean().item()
     assert accuracy == pytest.approx(best)
+    again = DigitClassifier.load_from_checkpoint(keeping.best_model_path)
+    (figures,) = trainer().validate(again, data, verbose=False)
+    assert figures["val/accuracy"] == pytest.approx(best)
 
 
 def test_a_plain_trainer_goes_on_within_an_epoch_to_the_same_bits(trainer, tmp_path):
