@@ -128,6 +128,18 @@ def test_what_a_folder_has_is_recorded(monkeypatch, tmp_path):
     assert "mnist-train" in tables.benchmark_text("tax")
 
 
+# --- tutorials -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (SCRIPTS / "tutorials").glob("*.py")))
+def test_a_tutorial_is_told(monkeypatch, tmp_path, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "data=digits", "epochs=1"])
+    runpy.run_path(str(SCRIPTS / "tutorials" / f"{name}.py"))
+    assert re.search(r"\d\d\.\d\d%", capsys.readouterr().out)
+    assert list(tmp_path.glob("outputs/train/*/metrics.json"))
+
+
 # --- records -------------------------------------------------------------------------------------------------
 
 WORDS = ("data=digits", "epochs=1", "accelerator.precision=32-true", "accelerator=cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -76,7 +77,8 @@ class MNISTDataModule(pl.LightningDataModule):
 
     Args:
         name: mnist, fashion_mnist, kmnist or digits.
-        root: folder of the files, in torchvision's layout; downloaded there where they are missing.
+        root: folder of the files, in torchvision's layout, $MNIST_CNN_DATA or else data/ where it is None; they are
+            downloaded there where they are missing.
         batch_size: of training; the last short batch is kept.
         validation: fraction or count of the training digits; 0 for none. The test set is never used for it.
         validation_from: the `last` training digits, as Keras takes them, or a `random` stratified part.
@@ -96,7 +98,7 @@ class MNISTDataModule(pl.LightningDataModule):
     def __init__(
         self,
         name: str = "mnist",
-        root: str = "data",
+        root: str | None = None,
         batch_size: int = 64,
         validation: int | float = 0.1,
         validation_from: Literal["last", "random"] = "last",
@@ -106,7 +108,8 @@ class MNISTDataModule(pl.LightningDataModule):
         super().__init__()
         if name not in CLASSES:
             raise UserError(f"data.name={name}: expected one of {', '.join(CLASSES)}")
-        self.data_name, self.root, self.batch_size, self.seed = name, root, batch_size, seed
+        self.data_name, self.batch_size, self.seed = name, batch_size, seed
+        self.root = root or os.environ.get("MNIST_CNN_DATA") or "data"
         self.validation_size, self.validation_from = validation, validation_from
         self.normalization = normalization
         self.classes = CLASSES[name]

@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.profilers import PassThroughProfiler
 from tqdm import tqdm
 
 from mnist_cnn.config.schema import UserError, nearest
@@ -38,6 +39,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         save(Path(path), checkpoint)
+
+
+class Unprofiled(PassThroughProfiler):
+    """Lightning's profiler that does nothing, without a generator for each of some thirty actions a step."""
+
+    nothing = nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        return self.nothing
 
 
 # --- signals -------------------------------------------------------------------------------------------------
@@ -117,6 +127,8 @@ class BestCheckpoint(ModelCheckpoint):
     Its state is the best score alone: Lightning's has absolute paths, and a run that was moved would lose the score.
     """
 
+    state_key = BEST  # Lightning asks for it several times a step, and would put it together anew
+
     def __init__(self, folder: Path, monitor: str | None) -> None:
         super().__init__(
             folder / "checkpoints",
@@ -146,6 +158,8 @@ class LastCheckpoint(ModelCheckpoint):
     Where a signal asks for it, the run ends after that. At an epoch's last step it waits for the epoch's end, so that
     no checkpoint stands between training and validation.
     """
+
+    state_key = LAST
 
     def __init__(self, folder: Path, seconds: float, stop: StopRequest, epochs: int) -> None:
         self.folder, self.seconds, self.stop, self.epochs = folder, seconds, stop, epochs

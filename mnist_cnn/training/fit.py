@@ -38,6 +38,7 @@ from mnist_cnn.training.callbacks import (
     LastCheckpoint,
     Stopped,
     StopRequest,
+    Unprofiled,
     find_last_checkpoint,
     progress_bars,
     stop_on_signal,
@@ -303,7 +304,7 @@ def trainer_for(
     averages = [EMAWeightAveraging(device=device, decay=config.ema_decay)] if config.ema_decay else []
     try:
         return pl.Trainer(
-            **config.trainer,
+            **{**config.trainer, "profiler": config.trainer.get("profiler") or Unprofiled()},
             accelerator=device.type,
             devices=config.accelerator.devices,
             num_nodes=config.accelerator.num_nodes,

@@ -128,6 +128,14 @@ class DigitClassifier(pl.LightningModule):
         """Images uint8 (N, 1, 28, 28) to logits (N, classes)."""
         return self.network(images)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes forty times a step which hook runs. A module's own way to set an attribute looks each time
+        # whether it is a parameter or a buffer, which text in the place of text is not.
+        if isinstance(value, str | None) and name in self.__dict__:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     # --- steps ---------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
