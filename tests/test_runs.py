@@ -14,7 +14,7 @@ import time
 
 import pytest
 import yaml
-from conftest import CONF, on_a_terminal, outcome, said, wait_until
+from conftest import CONF, PATIENCE, on_a_terminal, outcome, said, wait_until
 
 import mnist_cnn
 from mnist_cnn.config.schema import UserError
@@ -287,6 +287,38 @@ def test_threads_train_one_after_the_other(tmp_path, monkeypatch):
     assert outcomes == ["another thread of this process trains: wait for it, or train in a process of your own", 1]
     work(False)
     assert outcomes[-1] == 1
+
+
+def test_a_notebook_shows_a_run_and_goes_on_after_an_interrupt(tmp_path):
+    """In a real kernel: epochs are printed, a run shows itself, and an interrupted cell ends as any other."""
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(cwd=str(tmp_path))
+    shown = {}
+
+    def note(message):
+        content = message["content"]
+        text = content.get("text", "") + "".join(content.get("data", {}).values())
+        shown[message["msg_type"]] = shown.get(message["msg_type"], "") + text
+        if "epoch 1/9999" in text:
+            manager.interrupt_kernel()
+
+    def cell(code):
+        shown.clear()
+        return client.execute_interactive(code, output_hook=note, timeout=PATIENCE)["content"]
+
+    try:
+        words = ", ".join(map(repr, QUICK))
+        assert cell(f"from mnist_cnn import train\nrun = train([{words}])\nrun")["status"] == "ok", shown
+        assert "epoch 1/1  loss" in shown["stream"]
+        assert 'src="data:image/png' in shown["execute_result"]
+        assert cell(f"train([{words}, 'epochs=9999', 'hydra.run.dir=long'])")["ename"] == "KeyboardInterrupt"
+        assert cell("print(len(run.history), run.classifier.classes[3])")["status"] == "ok"
+        assert shown["stream"] == "1 3\n"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert (tmp_path / "long" / "checkpoints" / "last.ckpt").exists()
 
 
 def test_train_from_python_takes_a_whole_configuration(tmp_path, monkeypatch):
