@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -170,18 +169,23 @@ def claim(folder: Path, by_user: bool = False, check: Callable[[Path], None] = r
     """
     if by_user and folder == Path():
         raise UserError("hydra.run.dir is empty: name a folder")
-    for attempt in count(1):
+    attempt = 1
+    while True:
         candidate = folder if attempt == 1 else folder.with_name(f"{folder.name}_{attempt}")
         try:
             candidate.mkdir(parents=True)
             created = True
         except FileExistsError:
-            if not candidate.is_dir():
+            if candidate.exists() and not candidate.is_dir():
                 raise
             created = False
         if not created and not by_user:
+            attempt += 1
             continue
-        lock = _lock(candidate)
+        try:
+            lock = _lock(candidate)
+        except FileNotFoundError:  # another process had made it for nothing, and has just taken it away
+            continue
         try:
             check(candidate)
         except BaseException:
@@ -191,7 +195,6 @@ def claim(folder: Path, by_user: bool = False, check: Callable[[Path], None] = r
         if created:
             _created.add(candidate.absolute())
         return candidate
-    raise AssertionError
 
 
 def release(folder: Path) -> None:

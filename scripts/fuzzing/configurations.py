@@ -129,7 +129,7 @@ def overrides(draw):
     return [word for word in words if not word.startswith(("hydra", "+hydra"))]
 
 
-def prepare_only(config, folder, words, choices):
+def prepare_only(config, folder, words, choices, **_):
     """Instead of a fit: all that is made before the first step, and a small network's logits of one digit."""
     data = fit.MNISTDataModule(**config.data.model_dump(), seed=config.seed)
     data.setup()
