@@ -137,7 +137,7 @@ def test_the_python_lines_run(trained, tmp_path, monkeypatch):
     code = fenced(FRONT, "python")[0].replace("outputs/train/<run>", str(trained))
     names = {"images": np.full((4, 28, 28), 9, np.uint8)}
     exec(code.replace('"epochs=3"', '"epochs=1", "plots=false"'), names)
-    assert names["metrics"]["epochs"] == 1
+    assert names["run"].metrics["epochs"] == 1
 
 
 def test_the_lightning_script_runs(tmp_path, monkeypatch):
