@@ -119,7 +119,8 @@ class Run:
         from mnist_cnn.inference.plots import learning_curves, png
 
         picture = base64.b64encode(png(learning_curves({"": self.history}))).decode()
-        rows = "".join(f"<tr><td>{key}</td><td>{value:.6g}</td></tr>" for key, value in self.metrics.items() if value)
+        known = {key: value for key, value in self.metrics.items() if value is not None}
+        rows = "".join(f"<tr><td>{key}</td><td>{value:.6g}</td></tr>" for key, value in known.items())
         about = f"<p>{html.escape(repr(self))}</p><table>{rows}</table>"
         return f'{about}<img alt="learning curves" src="data:image/png;base64,{picture}">'
 

@@ -108,8 +108,9 @@ class Classifier:
         """A picture beside what the network saw of it, and the probabilities as bars; a notebook shows it."""
         from mnist_cnn.inference.plots import png, probability_bars
 
-        (digit,) = self._digits(picture).numpy()[:, 0]
-        figure = probability_bars(_opened(picture), digit, self.probabilities(picture)[0], self.classes)
+        digits = self._digits(picture)
+        probabilities = torch.softmax(self.logits(digits), dim=1)[0].tolist()
+        figure = probability_bars(_opened(picture), digits[0, 0].numpy(), probabilities, self.classes)
         return Image.open(io.BytesIO(png(figure)))
 
     def _digits(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> Tensor:

@@ -85,17 +85,15 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], smoo
     figure = Figure(figsize=(10, 4.3))  # with margins given: to find them, matplotlib would draw everything twice
     figure.subplots_adjust(0.08, 0.19, 0.98, 0.84, wspace=0.24)
     figure.suptitle("Learning curves")
-    colours = [f"C{number}" for number in range(len(histories))]
     for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for (name, rows), colour in zip(histories.items(), colours, strict=True):
-            parts = (("train", "training", "C0", "-"), ("val", "validation", "C1", "-"))
-            if len(histories) > 1:
-                parts = (("train", f"{name} training", colour, ":"), ("val", f"{name} validation", colour, "-"))
-            for part, label, each, style in parts:
+        for number, (name, rows) in enumerate(histories.items()):
+            for part, label, line in (("train", "training", ":"), ("val", "validation", "-")):
                 values = [row.get(f"{part}/{measure}", np.nan) for row in rows]
                 if not np.all(np.isnan(values)):
+                    # Of several runs each has a colour; of one, each part.
+                    style = {"color": f"C{number}", "linestyle": line} if len(histories) > 1 else {}
                     epochs = [row["epoch"] for row in rows]
-                    axes.plot(epochs, values, color=each, linestyle=style, marker="o", label=label)
+                    axes.plot(epochs, values, marker="o", label=f"{name} {label}".strip(), **style)
         loss = "cross entropy" + (" (training: of smoothed labels)" if smoothed else "")
         axes.set(xlabel="epoch", ylabel=loss if measure == "loss" else measure, title=measure)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -89,8 +89,10 @@ class ConvNet(nn.Module):
         x = (images.to(self.mean.device, self.mean.dtype) - self.mean) / self.std
         maps = []
         for layers, block in zip(self.blocks, self.specification.blocks, strict=True):
-            maps.append(torch.relu(layers[: 2 if block.batch_norm else 1](x)).float())  # type: ignore[index]
-            x = layers(x)
+            convolved = 2 if block.batch_norm else 1  # layers before pooling and relu
+            x = layers[:convolved](x)  # type: ignore[index]
+            maps.append(torch.relu(x).float())
+            x = layers[convolved:](x)  # type: ignore[index]
         return maps
 
     def replace_logits(self, classes: int) -> None:

@@ -8,7 +8,6 @@ given back waits again under its number; one whose worker was killed is repeated
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections import Counter
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import hydra
 import numpy as np
@@ -34,11 +33,6 @@ from mnist_cnn.config.study_settings import SweepSettings, without_password
 from mnist_cnn.runs.folder import write_whole
 from mnist_cnn.search.space import SWEEP_KEYS, Space, of_the_machine
 
-if TYPE_CHECKING:
-    pass
-
-log = logging.getLogger("mnist-sweep")
-package = logging.getLogger("mnist_cnn")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
