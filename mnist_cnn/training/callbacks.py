@@ -1,14 +1,12 @@
-"""Lightning's callbacks and plugins of a run: checkpoints that are whole, signals that end a step, progress."""
+"""Lightning's callbacks and plugins of a run: checkpoints that are whole, the user's callbacks, progress."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,13 @@ from mnist_cnn.models.checkpoint import network_of, read_checkpoint, save
 from mnist_cnn.runs.folder import write_csv, write_whole
 from mnist_cnn.training.module import DigitClassifier, EpochRow
 from mnist_cnn.training.optimizers import instantiate
+from mnist_cnn.training.signals import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 NEEDED = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "epoch", "global_step"}
 AVERAGED = {"current_model_state", "averaging_state"}  # where the weights are averaged
-QUEUE_SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 SECONDS_BETWEEN_UPDATES = 0.2  # of the bar
 
 
@@ -48,74 +46,6 @@ class Unprofiled(PassThroughProfiler):
 
     def profile(self, action_name: str) -> Any:
         return self.nothing
-
-
-# --- signals -------------------------------------------------------------------------------------------------
-
-
-class Stopped(BaseException):
-    """A signal came, and what a run had to save is saved."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-
-
-class StopRequest:
-    """SIGINT and SIGTERM as a flag that a training step looks at; before training begins they end the run at once.
-
-    SIGUSR1 and SIGUSR2 are dealt with in the same way where something handles them, as submitit does to queue the job
-    again: it is handed the signal once the checkpoint is written.
-
-    Args:
-        patient: a second signal changes nothing, as for the ranks of a run, which hear of one several times; else it
-            ends the process at once.
-
-    Attributes:
-        signum: the signal that came, or 0.
-        training: whether a step is there to end.
-    """
-
-    def __init__(self, patient: bool = False) -> None:
-        self.patient, self.signum, self.training = patient, 0, False
-        self.before: dict[int, Any] = {}
-
-    def __call__(self, signum: int, _: Any = None) -> None:
-        self.signum = signum
-        for number, handler in () if self.patient else self.before.items():
-            signal.signal(number, handler if number in QUEUE_SIGNALS else signal.SIG_DFL)
-        if not self.training:
-            raise Stopped(signum)
-
-    def install(self) -> None:
-        """Handle the signals, also after Lightning's connector has put its own handlers in place."""
-        if threading.current_thread() is not threading.main_thread() or self.signum:
-            return
-        queue = [number for number in QUEUE_SIGNALS if callable(signal.getsignal(number))]
-        for number in (signal.SIGINT, signal.SIGTERM, *queue):
-            handler = signal.signal(number, self)
-            self.before.setdefault(number, handler)
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def stop_on_signal(folder: Path) -> Iterator[StopRequest]:
-    """A signal ends the run in `folder` with the line that continues it, and status 128 + its number."""
-    stop = StopRequest()
-    stop.install()
-    try:
-        yield stop
-    except Stopped as stopped:
-        begun = (folder / "config.yaml").exists()
-        how = f"continue with: mnist-train resume={folder}" if begun else "nothing was begun"
-        log.error("stopped by %s; %s", signal.Signals(stopped.signum).name, how)
-        if stopped.signum in QUEUE_SIGNALS and callable(queue_again := stop.before[stopped.signum]):
-            queue_again(stopped.signum, None)
-        raise SystemExit(128 + stopped.signum) from None
-    finally:
-        stop.restore()
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -31,13 +32,16 @@ from mnist_cnn.config.schema import NotFiniteError, RunError, UserError
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs.folder import discard
 from mnist_cnn.runs.hydra_app import FILE_FORMAT, Console
-from mnist_cnn.training.callbacks import Stopped, StopRequest
+from mnist_cnn.training.signals import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in (UserError, RunError, NotFiniteError)}
 SECONDS_TO_COME = 600  # within which every machine has joined
+SECONDS_AFTER = (
+    3  # that a rank which lost another waits: torch elastic reports the first to end, which is to be the cause
+)
 
 
 def is_data_parallel(config: Train) -> bool:
@@ -142,6 +146,10 @@ def _rank(
         if not command.is_alive():
             os._exit(1)  # torch elastic would wait for it to take the answer
         return stopped
+    except Exception as error:
+        if _lost_another(type(error).__name__, str(error)):
+            time.sleep(SECONDS_AFTER)
+        raise
 
 
 def _end_with(command: Any) -> None:
@@ -160,9 +168,13 @@ def _failure(error: ChildFailedError, folder: Path) -> Exception:
     kind, _, text = _message(failure).partition(": ")
     if kind in ERRORS:
         return ERRORS[kind](text)
-    if "gloo" in text or "nccl" in text.lower() or kind.startswith("Dist"):
+    if _lost_another(kind, text):
         return RunError(f"rank {rank} lost the connection to another rank, which may have been killed; {remedy}")
     return RunError(f"rank {rank} failed ({' '.join(f'{kind}: {text}'.split())[:500]}); {remedy}")
+
+
+def _lost_another(kind: str, text: str) -> bool:
+    return "gloo" in text or "nccl" in text.lower() or kind.startswith("Dist")
 
 
 def _message(failure: ProcessFailure) -> str:

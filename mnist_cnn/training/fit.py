@@ -36,17 +36,15 @@ from mnist_cnn.training.callbacks import (
     AtomicCheckpointIO,
     BestCheckpoint,
     LastCheckpoint,
-    Stopped,
-    StopRequest,
     Unprofiled,
     find_last_checkpoint,
     progress_bars,
-    stop_on_signal,
     user_callbacks,
 )
 from mnist_cnn.training.distributed import is_data_parallel, launch, strategy_for
 from mnist_cnn.training.module import DigitClassifier, EpochRow
 from mnist_cnn.training.optimizers import check_factory, instantiate
+from mnist_cnn.training.signals import Stopped, StopRequest, stop_on_signal
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ import hypothesis.strategies as st
 
 import mnist_cnn
 from fuzzing.outcome import DIGITS, refusal_allowed
-from mnist_cnn.training import callbacks, fit
+from mnist_cnn.training import fit
+from mnist_cnn.training.signals import StopRequest
 
 odd_numbers = st.sampled_from(
     [0, 1, -1, 2, 3, 7, 28, 29, 64, 1024, 4096, 65536, 10**9, 2**63, 0.5, 0.1, -0.5, 1.0, 1e-3, 1e-30, 1e30]
@@ -137,7 +138,7 @@ def prepare_only(config, folder, words, choices, **_):
     fit.module_for(config, network)
     device = fit.find_device(config.accelerator.name)
     fit.check_precision(config.accelerator.precision, device)
-    fit.trainer_for(config, folder, device, callbacks.StopRequest(), True, (), True)
+    fit.trainer_for(config, folder, device, StopRequest(), True, (), True)
     if sum(layer.parameters for layer in config.architecture.layers()) < 10**6:
         assert network.eval()(data.train.images[:1]).shape == (1, len(data.classes))
     return {}
