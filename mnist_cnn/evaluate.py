@@ -47,7 +47,7 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
     from mnist_cnn.inference.classifier import load_classifier, mean_logits
     from mnist_cnn.inference.metrics import score
 
-    classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta)
+    classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta, config.modules)
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
     digits, classes = load_digits(config, classifier.description)
@@ -77,9 +77,13 @@ def load_digits(config: Evaluate, trained_on: Description) -> tuple[Digits, list
     """
     from mnist_cnn.data.datamodule import MNISTDataModule
 
-    name = trained_on.data.name if config.data.name == "as_trained" else config.data.name
+    as_trained = config.data.name == "as_trained"
+    name, test = (trained_on.data.name, trained_on.data.test) if as_trained else (config.data.name, config.data.test)
+    if as_trained and "." in name:  # nothing that a checkpoint names is imported
+        raise UserError(f"it was trained on {name}, which is not this package's: name it again by data._target_={name}")
     split = trained_on.data.model_dump(include={"validation", "validation_from", "seed"})
-    data = MNISTDataModule(name, config.data.root, **(split if config.split == "validation" else {"validation": 0}))
+    split = split if config.split == "validation" else {"validation": 0}
+    data = MNISTDataModule(name, config.data.root, test=test, **split)
     data.setup()
     if len(trained_on.classes) != len(data.classes):
         raise UserError(f"{name} has {len(data.classes)} classes, the checkpoint {len(trained_on.classes)}")

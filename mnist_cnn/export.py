@@ -45,8 +45,9 @@ def export(config: Export) -> Path:
         UserError: the checkpoint cannot be read, a package is missing, or the probabilities differ.
     """
     from mnist_cnn.inference.classifier import load_classifier
-    from mnist_cnn.models.checkpoint import rebuild
+    from mnist_cnn.models.checkpoint import rebuild, trust
 
+    trust(config.modules)
     network, description = rebuild(config.checkpoint)
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)

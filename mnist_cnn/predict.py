@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mnist_cnn.inference.classifier import Classifier
-    from mnist_cnn.inference.image_files import PictureSource
     from mnist_cnn.inference.predictions import Prediction
+    from mnist_cnn.pictures.image_files import PictureSource
 
 log = logging.getLogger(__name__)
 BATCH = 500  # pictures in memory at once
@@ -59,13 +59,13 @@ def predict(config: Predict) -> None:
     from tqdm import tqdm
 
     from mnist_cnn.inference.classifier import load_classifier
-    from mnist_cnn.inference.digit_image import form_for
-    from mnist_cnn.inference.image_files import find_pictures
     from mnist_cnn.inference.predictions import prediction_writer
+    from mnist_cnn.pictures.digit_image import form_for
+    from mnist_cnn.pictures.image_files import find_pictures
 
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
-    classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta)
+    classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta, config.modules)
     form = form_for(classifier.description.data.name, config.mode)
     pictures = find_pictures(config.images, as_bytes=config.input == "bytes")
     failed = count = 0
@@ -89,7 +89,7 @@ def predict(config: Predict) -> None:
 
 def refuse_missing(images: list[str]) -> None:
     """Say that a path does not exist before torch and the network are loaded."""
-    from mnist_cnn.inference.image_files import find_pictures
+    from mnist_cnn.pictures.image_files import find_pictures
 
     paths = [word for word in images if word[0] not in "-@" and "*" not in word]
     if missing := [path for path in paths if not Path(path).exists()]:
@@ -134,7 +134,7 @@ def thumbnail(picture: Any) -> NDArray[np.uint8]:
     import numpy as np
     from PIL import Image, ImageOps
 
-    from mnist_cnn.inference.digit_image import visible_pixels
+    from mnist_cnn.pictures.digit_image import visible_pixels
 
     colours = np.asarray(visible_pixels(picture)).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours)

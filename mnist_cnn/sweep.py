@@ -152,7 +152,7 @@ def check_machine(settings: SweepSettings) -> None:
     from mnist_cnn.training.fit import check_precision
 
     check_precision(settings.accelerator.precision, find_device(settings.accelerator.name))
-    load(settings.data.name, settings.data.root)
+    load(settings.data.name, settings.data.root, settings.data.test)
 
 
 # --- a study that is there -----------------------------------------------------------------------------------

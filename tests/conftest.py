@@ -32,6 +32,9 @@ ARCHITECTURES = {
     "conv10": 145_370,
     "conv32_64_64": 93_322,
     "mlp": 407_050,
+    "lenet5": 61_706,
+    "resnet_small": 77_562,
+    "xception_small": 90_250,
 }
 QUICK = ("data=digits", "epochs=1", "plots=false", "architecture=conv10")
 NETWORK = (  # small, with dropout, whose random numbers are part of what must continue

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import PATIENCE, REPOSITORY, metrics
+from conftest import PATIENCE, REPOSITORY, metrics, said
 from torch.nn import functional as F
 
 from mnist_cnn import MNISTDataModule, load_classifier
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.config.settings import Augmentation
-from mnist_cnn.data import augmentation, datasets
+from mnist_cnn.data import augmentation, datasets, download
 from mnist_cnn.data.augmentation import Affine, warped
 from mnist_cnn.data.datamodule import DigitLoader
 from mnist_cnn.data.datasets import Digits, load
@@ -298,7 +298,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.asked.append(self.path)
         manner, _, name = self.path.removeprefix("/").partition("/")
-        content = ARCHIVES[name.rpartition("/")[2]]
+        content = ARCHIVES.get(name.rpartition("/")[2], b"")
         busy = manner == "busy" and self.asked.count(self.path) == 1
         if manner.isdigit() or busy:
             return self.send_error(503 if busy else int(manner))
@@ -326,8 +326,8 @@ def mirror(monkeypatch):
     for dataset in (torchvision.datasets.MNIST, torchvision.datasets.KMNIST):
         monkeypatch.setattr(dataset, "resources", [(name, md5(content)) for name, content in ARCHIVES.items()])
     monkeypatch.setitem(datasets.MD5, "MNIST", {name: md5(content) for name, content in FILES.items()})
-    monkeypatch.setattr(datasets, "SECONDS_BETWEEN_ROUNDS", (0.01, 0.01))
-    monkeypatch.setattr(datasets, "SECONDS_TO_WAIT_FOR_A_MIRROR", PATIENCE)  # slow is not busy
+    monkeypatch.setattr(download, "SECONDS_BETWEEN_ROUNDS", (0.01, 0.01))
+    monkeypatch.setattr(download, "SECONDS_TO_WAIT_FOR_A_MIRROR", PATIENCE)  # slow is not busy
 
     def use(*manners):
         monkeypatch.setenv("MNIST_CNN_MIRRORS", " ".join(f"http://127.0.0.1:{server.server_port}/{m}" for m in manners))
@@ -477,3 +477,10 @@ def test_real_mnist_harmed_is_named(mnist_root, tmp_path, harm, monkeypatch):
     for word in ("127.0.0.1:9", "MNIST_CNN_DATA", "data=digits", "data.root", str(file)):
         assert word in str(refusal.value)
     assert ("2646ac" in str(refusal.value)) == (harm != "missing")
+
+
+def test_what_torchvision_cannot_fetch_is_one_line(run, tmp_path, mirror):
+    mirror("404")
+    for name in ("emnist_letters", "qmnist", "usps"):
+        said(run("mnist-train", f"data={name}", "data.root=here"), name.partition("_")[0].upper(), "404", "data.root")
+    assert not left(tmp_path)

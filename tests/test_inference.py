@@ -18,9 +18,9 @@ from mnist_cnn import load_classifier
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.data.datasets import load
 from mnist_cnn.inference.classifier import mean_logits, shifted
-from mnist_cnn.inference.digit_image import in_mnist_form, mnist_form
 from mnist_cnn.inference.metrics import fit_temperature, score, wilson_interval
 from mnist_cnn.models.checkpoint import read_checkpoint
+from mnist_cnn.pictures.digit_image import in_mnist_form, mnist_form
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_the_camera_says_which_way_is_up(tmp_path):
 
 
 def test_what_is_in_mnists_form_comes_through_unchanged(mnist_root):
-    train, _ = load("mnist", mnist_root)
+    train = load("mnist", mnist_root).train
     for digit in train.images[:500, 0].numpy():
         np.testing.assert_array_equal(mnist_form(digit), digit)
         np.testing.assert_array_equal(mnist_form(255 - digit), digit)

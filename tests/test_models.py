@@ -1,9 +1,14 @@
 """Networks from plain specifications: counts, shapes, gradients, dropout, checkpoints, and what cannot be built."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 import yaml
-from conftest import ARCHITECTURES, CONF, metrics
+from conftest import ARCHITECTURES, CONF, REPOSITORY, metrics, said
 from torch import nn
 from torch.nn import functional as F
 
@@ -45,7 +50,8 @@ def test_the_summary_states_the_shapes_that_the_network_has(name):
     network = ConvNet(shipped(name)).eval()
     seen = []
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.Linear | Dropout):
+        whole = not isinstance(module, nn.Conv2d) or module.groups == 1  # else the first half of a separable one
+        if whole and isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d | nn.Linear | Dropout):
             module.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:])))
     network(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
     rows = [row.output for row in network.specification.layers() if row.name != "flatten"]
@@ -67,7 +73,7 @@ def test_the_rows_of_tutorial_002():
 
 
 def test_the_summary_is_a_table_with_a_total():
-    lines = summary(ConvNet(shipped("conv64_128")).specification, 10).splitlines()
+    lines = summary(ConvNet(shipped("conv64_128"))).splitlines()
     assert lines[0].split() == ["layer", "output", "shape", "parameters"]
     assert "(26, 26, 64)" in lines[1]
     assert lines[-1].split() == ["total", "485,514"]
@@ -118,6 +124,114 @@ def test_a_block_without_bias():
     assert network.blocks[0][0].bias is None
     assert network.parameter_count() == 8 * 9 + 16 + (8 * 26 * 26 + 1) * 10
     assert network.parameter_count() == sum(row.parameters for row in network.specification.layers())
+
+
+def test_blocks_of_every_kind():
+    """Activations, pooling, norms, separable and residual blocks are what torch computes, one by one."""
+    torch.manual_seed(0)
+    blocks = [
+        {"filters": 6, "kernel": 5, "padding": 2, "pool": 2, "batch_norm": "after"},
+        {"filters": 8, "kernel": 3, "padding": 1, "separable": True, "residual": True, "batch_norm": True},
+        {"filters": 8, "kernel": 3, "padding": 1, "residual": True, "activation": "silu", "pool": 14, "pooling": "max"},
+    ]
+    network = ConvNet(
+        {"blocks": blocks, "dense": [{"units": 5, "activation": "tanh"}], "activation": "gelu", "pooling": "avg"}
+    )
+    network.eval()
+    first, second, third = network.blocks
+    x = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    y = F.avg_pool2d(first[2](F.gelu(first[0](x.float() / 255))), 2)
+    (each, across), norm = second[0].layers
+    assert (each.groups, across.kernel_size, each.bias) == (6, (1, 1), None)
+    y = F.gelu(norm(across(each(y))) + second[0].shortcut(y))
+    y = F.max_pool2d(F.silu(third[0].layers(y) + y), 14)
+    y = network.logits(torch.tanh(network.dense[0][0](y.flatten(1))))
+    torch.testing.assert_close(network(x), y)
+    rows = network.specification.layers()
+    assert network.parameter_count() == sum(row.parameters for row in rows)
+    assert "average pool 1" in [row.name for row in rows]
+    assert [tuple(maps.shape) for maps in network.feature_maps(x)] == [(4, 6, 28, 28), (4, 8, 14, 14), (4, 8, 14, 14)]
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid"])
+def test_activations_are_torchs(activation):
+    network = ConvNet({"blocks": [], "dense": [8], "activation": activation}).eval()
+    x = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    y = getattr(F, activation, None) or getattr(torch, activation)
+    expected = network.logits(y(network.dense[0][0](x.float().flatten(1) / 255)))
+    torch.testing.assert_close(network(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"activation": "rleu"}, ["activation=rleu", "did you mean relu"]),
+        ({"activation": {"_target_": "relu"}}, ["must be a mapping such as"]),
+        ({"residual": True}, ["residual needs an odd kernel"]),
+        ({"layer": "my_layers.Scale"}, ["must be a mapping such as"]),
+        ({"batch_norm": "later"}, ["batch_norm"]),
+    ],
+)
+def test_a_block_that_cannot_be(part, words):
+    with pytest.raises(UserError) as error:
+        ConvNet({"blocks": [{"filters": 8, "kernel": 3, **part}], "dense": []})
+    for word in words:
+        assert word in str(error.value)
+
+
+OWN_LAYERS = """
+import torch
+
+class Scale(torch.nn.Module):
+    def __init__(self, channels, start=1.0):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.full((channels, 1, 1), start))
+
+    def forward(self, x):
+        return x * self.factor
+
+class Square(torch.nn.Module):
+    def forward(self, x):
+        return x * x.sigmoid()
+"""
+
+
+def test_layers_of_ones_own(run, tmp_path, monkeypatch, digit):
+    """Named on the command line they are imported; for a checkpoint alone they are not."""
+    (tmp_path / "my_layers.py").write_text(OWN_LAYERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    block = "{filters:4,kernel:5,pool:4,layer:{_target_:my_layers.Scale,start:0.5}}"
+    words = [f"architecture.blocks=[{block}]", "architecture.activation={_target_:my_layers.Square}"]
+    ended = run("mnist-train", "data=digits", "epochs=1", "plots=false", *words)
+    assert ended.status == 0, ended.err
+    assert re.search(r"layers of your own +4\n", ended.out)
+    folder = ended.folder()
+    program = f"""if True:
+        import sys
+        from mnist_cnn import load_classifier
+        try:
+            load_classifier({str(folder)!r})
+        except Exception as error:
+            print(error)
+        print("my_layers" in sys.modules)
+        print(load_classifier({str(folder)!r}, modules=["my_layers"]).predict({str(digit)!r}))
+    """
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    refused, imported, label = done.stdout.splitlines()
+    assert "name it again, by modules=[my_layers]" in refused
+    assert imported == "False"
+    assert re.fullmatch(r"\['\d'\]", label)
+    for verb, *more in (
+        ("mnist-predict", f"images={digit.parent}"),
+        ("mnist-evaluate", "plots=false"),
+        ("mnist-export", "output=x.safetensors", "format=safetensors"),
+    ):
+        done = run(verb, f"checkpoint={folder}", "modules=[my_layers]", *more)
+        assert done.status == 0, done.err
+    again = run("mnist-train", "data=digits", "epochs=1", "plots=false", f"initialize={folder}", "modules=[my_layers]")
+    assert again.status == 0, again.err
+    said(run("mnist-train", "data=digits", words[0].replace("Scale", "Scales")), "my_layers.Scales cannot be made")
 
 
 # --- oneDNN's layout and dropout ----------------------------------------------------------------------------

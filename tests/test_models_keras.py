@@ -172,13 +172,13 @@ def equal_after_20_steps(*case, seeds=(2, 3, 4), **options):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_weights_equal_those_of_keras_after_20_steps(name, optimizer, float64):
-    digits, _ = load("digits", "unused")
+    digits = load("digits", "unused").train
     assert equal_after_20_steps(name, *OPTIMIZERS[optimizer], digits, from_logits=True)
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_each_recipe_steps_like_keras_in_single_precision_on_mnist(name, mnist_root):
-    digits, _ = load("mnist", mnist_root)
+    digits = load("mnist", mnist_root).train
     recipe = (CONF / "experiment" / f"{name}.yaml").read_text()
     optimizer = re.search(r"override /optimizer: keras_(\w+)", recipe)[1]
     assert equal_after_20_steps(name, *OPTIMIZERS[optimizer], digits)
@@ -189,7 +189,7 @@ def test_each_recipe_steps_like_keras_in_single_precision_on_mnist(name, mnist_r
 @pytest.mark.parametrize("theirs", [torch.optim.Adam, torch.optim.RMSprop])
 def test_the_comparison_sees_a_difference_of_epsilon(theirs):
     """torch's own optimizers, with Keras's constants, are not Keras's: the test above can fail."""
-    digits, _ = load("digits", "unused")
+    digits = load("digits", "unused").train
     optimizer = theirs.__name__.lower()
     options = {"adam": {"eps": 1e-7}, "rmsprop": {"alpha": 0.9, "eps": 1e-7}}[optimizer]
     ours = functools.partial(theirs, **options)
@@ -246,20 +246,38 @@ def test_rescaling_batch_norm_and_a_functional_model(run, ending):
     assert_equal_after_import(run, model, f"model.{ending}", PIXELS[..., None].astype(np.float32))
 
 
+@pytest.mark.parametrize("ending", ["h5", "keras"])
+def test_other_activations_pooling_and_norms(run, ending):
+    norm = layers.BatchNormalization()
+    model = keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            Conv2D(6, 5, padding="same", activation="tanh"),
+            layers.AveragePooling2D(2),
+            Conv2D(8, 3, use_bias=False, activation="gelu"),
+            norm,
+            Conv2D(8, 3),
+            layers.Activation("silu"),
+            layers.GlobalAveragePooling2D(),
+            Dense(16, activation="sigmoid"),
+            Dense(10, activation="softmax"),
+        ]
+    )
+    norm.set_weights(list(np.random.default_rng(1).uniform(0.5, 1.5, (4, 8)).astype(np.float32)))
+    assert_equal_after_import(run, model, f"model.{ending}", PIXELS[..., None].astype(np.float32) / 255)
+
+
 REFUSED = {
-    "AveragePooling2D": lambda: [
+    "SeparableConv2D": lambda: [layers.SeparableConv2D(4, 3, name="odd"), Flatten()],
+    "softplus": lambda: [Conv2D(4, 3, activation="softplus", name="odd"), Flatten()],
+    "BatchNormalization": lambda: [
         Conv2D(4, 3, activation="relu"),
-        layers.AveragePooling2D(2, name="odd"),
+        MaxPooling2D(2),
+        layers.BatchNormalization(name="odd"),
         Flatten(),
     ],
-    "SeparableConv2D": lambda: [layers.SeparableConv2D(4, 3, name="odd"), Flatten()],
-    "tanh": lambda: [Conv2D(4, 3, activation="tanh", name="odd"), Flatten()],
     "dilation_rate": lambda: [
         Conv2D(4, 3, activation="relu", dilation_rate=2, name="odd"),
-        Flatten(),
-    ],
-    "use_bias": lambda: [
-        Conv2D(4, 3, activation="relu", use_bias=False, name="odd"),
         Flatten(),
     ],
     "strides": lambda: [
@@ -268,7 +286,7 @@ REFUSED = {
         Flatten(),
     ],
     "kernel_size": lambda: [Conv2D(4, (3, 5), activation="relu", name="odd"), Flatten()],
-    "without relu": lambda: [Conv2D(4, 3), Flatten(name="odd")],
+    "without an activation": lambda: [Conv2D(4, 3), Flatten(name="odd")],
 }
 
 

@@ -22,7 +22,7 @@ from mnist_cnn.config.settings import OWNED_TRAINER_KEYS
 from mnist_cnn.runs.hydra_app import SCHEMAS, plain_job
 
 PACKAGE = REPOSITORY / "mnist_cnn"
-ROOMS = ["config", "runs", "data", "models", "inference", "training", "search"]
+ROOMS = ["config", "runs", "pictures", "data", "models", "inference", "training", "search"]
 VERBS = ["train", "evaluate", "predict", "export", "import", "sweep"]
 READMES = {
     str(path.relative_to(REPOSITORY)): path.read_text()
@@ -51,7 +51,7 @@ COMMANDS = [
     for name, text in READMES.items()
     for block in fenced(text, "bash")
     for line in block.splitlines()
-    if line.strip() and not line.startswith(("#", " "))
+    if line.strip() and not line.startswith(("#", " ", "export "))
 ]
 
 
@@ -60,9 +60,9 @@ COMMANDS = [
 
 @pytest.fixture
 def own_folders(tmp_path, monkeypatch):
-    """The folders of YAML files that the commands name: those that are written out in conf/README.md, and a study's."""
+    """The folders of YAML files that the commands name: those that are written out in READMEs, and a study's."""
     monkeypatch.chdir(tmp_path)
-    for block in fenced(SETTINGS, "yaml"):
+    for block in fenced(SETTINGS, "yaml") + fenced(LAYOUT, "yaml"):
         path = Path(re.match(r"# (my_conf/\S+\.yaml)\n", block)[1])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block)
@@ -149,6 +149,21 @@ def test_the_lightning_script_runs(tmp_path, monkeypatch):
     predicted = names["classifier"].predict(test.images)
     right = sum(label == str(int(expected)) for label, expected in zip(predicted, test.labels, strict=True))
     assert right / len(predicted) == pytest.approx(float(names["trainer"].callback_metrics["test/accuracy"]), abs=1e-6)
+
+
+def test_what_the_readme_has_of_ones_own_runs_as_it_stands(run, tmp_path, monkeypatch, digit):
+    section = LAYOUT[LAYOUT.index("## Of your own") :]
+    for name, content in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", section, flags=re.DOTALL):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "folder").symlink_to(digit.parent)
+    export, *lines = fenced(section, "bash")[0].splitlines()
+    assert export == "export PYTHONPATH=."
+    for line in lines:
+        ended = run(*shlex.split(line), *(["plots=false"] if "predict" not in line else []))
+        assert ended.status == 0, ended
+    assert len(lines) == 4
 
 
 # --- words, links and names ----------------------------------------------------------------------------------
@@ -316,7 +331,7 @@ def test_each_option_of_a_group_is_in_its_table(group):
             key: value_of(each) for key, each in (code.split("=", 1) for code in re.findall(r"`(\w[^`]*=.*?)`", row[1]))
         }
         keys = {key: each for key, each in option_keys(group, option).items() if (group, key) != ("data", "name")}
-        if group != "data" or option == "digits":
+        if row[1] not in ("see below", "as `mnist`"):
             assert given == keys, option
 
 
@@ -329,7 +344,7 @@ def test_each_flag_that_a_run_owns_is_there_with_what_to_use():
 @pytest.fixture(scope="module")
 def keys() -> set[str]:
     """Every key of every command and option, and what stands before a dot in one."""
-    keys = set(GROUPS)
+    keys = {*GROUPS, "data._target_"}
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         for verb in VERBS:
             keys |= flat(OmegaConf.to_container(hydra.compose(verb))).keys()

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import sys
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import CONF, REPOSITORY, TUTORIALS
+from conftest import CONF, REPOSITORY, TUTORIALS, metrics
 from PIL import Image
 
 from benchmarks import communication, turns
@@ -19,8 +20,8 @@ from fuzzing import files
 from fuzzing import survey as fuzz
 from mnist_cnn import load_classifier
 from mnist_cnn.data import datasets
-from mnist_cnn.inference.digit_image import mnist_form
-from mnist_cnn.inference.image_files import read_picture
+from mnist_cnn.pictures.digit_image import mnist_form
+from mnist_cnn.pictures.image_files import read_picture
 from recording import recipes, record_runs, record_tables, tables
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -129,6 +130,19 @@ def test_what_a_folder_has_is_recorded(monkeypatch, tmp_path):
 
 
 # --- tutorials -----------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_in_one_picture(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "other")
+    command = [sys.executable, REPOSITORY / "scripts" / "compare", trained, "other", "output=both.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 4
+    assert f"{metrics(trained)['test/accuracy']:.2%}" in done.stdout
+    assert Image.open(tmp_path / "both.png").width > 600
+    done = subprocess.run([*command[:2], tmp_path], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    done = subprocess.run([*command[:2], "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (SCRIPTS / "tutorials").glob("*.py")))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from mnist_cnn.config.architecture import Architecture
-from mnist_cnn.config.schema import Strict
+from mnist_cnn.config.schema import Strict, nearest
 
 # In a checkout conf/ stands beside the package; in a wheel it is inside it.
 PACKAGE = Path(__file__).parents[1]
@@ -57,16 +58,59 @@ def _fraction(value: Any) -> Any:
 Fraction = Annotated[int | float, BeforeValidator(_fraction)]  # or a count
 
 
-DataName = Literal["mnist", "fashion_mnist", "kmnist", "digits"]
+DATA_NAMES = [
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "qmnist",
+    "emnist_digits",
+    "emnist_letters",
+    "emnist_balanced",
+    "usps",
+]
+DATA_NAMES += ["digits", "folder"]
+
+
+def _data_name(name: str) -> str:
+    if name not in DATA_NAMES and not re.fullmatch(r"\w+(\.\w+)+", name):  # module.function
+        raise ValueError(f"data.name={name}: expected one of {', '.join(DATA_NAMES)}{nearest(name, DATA_NAMES)}")
+    return name
+
+
+DataName = Annotated[str, Field(max_length=200), AfterValidator(_data_name)]
+
+
+def _own_name(data: Any) -> Any:
+    """A `_target_` of the user's own stands in place of a name."""
+    if not isinstance(data, dict) or "_target_" not in data:
+        return data
+    own = data["_target_"]
+    return {key: value for key, value in data.items() if key != "_target_"} | ({"name": own} if own else {})
+
+
+def _given(root: Any) -> Any:
+    if root is None:
+        raise ValueError("data.root is missing; give data.root=FOLDER")
+    return root
 
 
 class Data(Strict):
     name: DataName
-    root: NonEmpty
+    root: Annotated[NonEmpty, BeforeValidator(_given)]
     batch_size: int = Field(ge=1, le=60_000)
     validation: Fraction
     validation_from: Literal["last", "random"]
     normalization: Literal["unit", "standard"]
+    test: float | None = Field(default=None, gt=0, lt=1)  # of a folder without a test part
+    epochs: int | None = Field(default=None, ge=1)  # where the run's own are not given
+
+    @model_validator(mode="after")
+    def _test_of_a_folder(self) -> Data:
+        if self.test and self.name != "folder":
+            raise ValueError(
+                f"data.test={self.test}: {self.name} has a test part of its own; only data=folder takes one"
+            )
+        return self
 
 
 class Augmentation(Strict):
@@ -160,7 +204,7 @@ class Train(Strict):
     optimizer: Annotated[Instantiable, AfterValidator(_optimizer)]
     schedule: Schedule
     accelerator: TrainingAccelerator
-    data: Data
+    data: Annotated[Data, BeforeValidator(_own_name)]
     logger: Instantiable | None
     # Flags of pl.Trainer; conf/trainer/default.yaml has them.
     trainer: Annotated[Instantiable, AfterValidator(_trainer)] = Field(default_factory=dict)
@@ -181,6 +225,7 @@ class Train(Strict):
     plots: bool
     fail_fast: bool = False
     multirun: Multirun = Multirun()
+    modules: list[NonEmpty] = Field(default_factory=list)
 
 
 def _one_or_many(value: Any) -> Any:
@@ -203,8 +248,9 @@ class Evaluate(Strict):
     """The configuration of mnist-evaluate; conf/evaluate.yaml describes each key."""
 
     class Source(Strict):
-        name: Literal["as_trained", DataName]
-        root: NonEmpty
+        name: Annotated[str, AfterValidator(lambda name: name if name == "as_trained" else _data_name(name))]
+        root: Annotated[NonEmpty, BeforeValidator(_given)]
+        test: float | None = None
 
     checkpoint: OneOrMany
     split: Literal["test", "validation"]
@@ -214,6 +260,7 @@ class Evaluate(Strict):
     probabilities: list[Annotated[int, Field(ge=0)]]
     tta: Tta
     plots: bool
+    modules: list[NonEmpty]
 
     @model_validator(mode="after")
     def _calibrated_on_validation(self) -> Evaluate:
@@ -231,7 +278,8 @@ class Evaluate(Strict):
         """Of a data set's YAML only where it lies matters here: batches and splits belong to training."""
         if not isinstance(data, dict):
             return data
-        return {key: data[key] for key in data if key in ("name", "root") or key not in Data.model_fields}
+        data = _own_name(data)
+        return {key: data[key] for key in data if key in ("name", "root", "test") or key not in Data.model_fields}
 
 
 class Predict(Strict):
@@ -246,6 +294,7 @@ class Predict(Strict):
     top_k: int = Field(ge=0, le=10)
     grid: Annotated[str | None, _ending("grid", ".png")]
     skip_errors: bool
+    modules: list[NonEmpty]
     accelerator: Accelerator
 
     @model_validator(mode="after")
@@ -261,6 +310,7 @@ class Export(Strict):
     checkpoint: NonEmpty
     format: Literal["onnx", "torch_export", "safetensors"]
     output: NonEmpty
+    modules: list[NonEmpty]
 
     @model_validator(mode="after")
     def _named_after_its_format(self) -> Export:

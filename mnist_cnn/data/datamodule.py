@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CLASSES, CPU_BATCH, Digits, load
+from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH, LOADERS, Digits, load
 
 
 class DigitLoader:
@@ -73,27 +73,30 @@ class DigitLoader:
 
 
 class MNISTDataModule(pl.LightningDataModule):
-    """MNIST's family and scikit-learn's digits as batches of uint8 (B, 1, 28, 28) and int64 labels (B,).
+    """MNIST and its like as batches of uint8 (B, 1, 28, 28) and int64 labels (B,).
 
     Args:
-        name: mnist, fashion_mnist, kmnist or digits.
+        name: mnist, fashion_mnist, kmnist, qmnist, emnist_digits, emnist_letters, emnist_balanced, usps, digits,
+            folder, or `module.function` of your own (see `load` in data/datasets.py).
         root: folder of the files, in torchvision's layout, $MNIST_CNN_DATA or else data/ where it is None; they are
-            downloaded there where they are missing.
+            downloaded there where they are missing. Of `folder`: where the folders of the classes are.
         batch_size: of training; the last short batch is kept.
         validation: fraction or count of the training digits; 0 for none. The test set is never used for it.
         validation_from: the `last` training digits, as Keras takes them, or a `random` stratified part.
         normalization: `unit` divides by 255; `standard` has mean 0 and std 1 over the training part.
+        test: the fraction of a `folder` that is its test part, where it has none of its own.
         seed: of the order of the training digits and of a random validation part.
 
     Attributes:
         train, validation, test: `Digits`, after `setup`; validation may be empty.
-        classes: names of the labels.
+        classes: names of the labels, after `setup`.
         mean, std: the figures for `ConvNet`, in units of 0–255, after `setup`.
     """
 
     train: Digits
     validation: Digits
     test: Digits
+    classes: list[str]
 
     def __init__(
         self,
@@ -103,16 +106,16 @@ class MNISTDataModule(pl.LightningDataModule):
         validation: int | float = 0.1,
         validation_from: Literal["last", "random"] = "last",
         normalization: Literal["unit", "standard"] = "unit",
+        test: float | None = None,
         seed: int = 1,
     ) -> None:
         super().__init__()
-        if name not in CLASSES:
-            raise UserError(f"data.name={name}: expected one of {', '.join(CLASSES)}")
+        if name not in (*LOADERS, "folder") and "." not in name:
+            raise UserError(f"data.name={name}: expected one of {', '.join(LOADERS)}, folder")
         self.data_name, self.batch_size, self.seed = name, batch_size, seed
         self.root = root or os.environ.get("MNIST_CNN_DATA") or "data"
         self.validation_size, self.validation_from = validation, validation_from
-        self.normalization = normalization
-        self.classes = CLASSES[name]
+        self.normalization, self.test_fraction = normalization, test
         self._ready = False
 
     def prepare_data(self) -> None:
@@ -127,7 +130,7 @@ class MNISTDataModule(pl.LightningDataModule):
         """
         if self._ready:
             return
-        digits, self.test = load(self.data_name, self.root)
+        digits, self.test, self.classes = load(self.data_name, self.root, self.test_fraction)
         held_out = self._held_out(digits.labels)
         parts: tuple[Any, Any]
         if isinstance(held_out, slice):
@@ -156,7 +159,7 @@ class MNISTDataModule(pl.LightningDataModule):
         if not len(self.classes) <= count <= total - len(self.classes):
             raise UserError(
                 f"data.validation={size} is {count} of {total:,} digits; a random stratified part takes one of each "
-                f"class at least, and leaves one: {len(self.classes)} to {total - len(self.classes):,}"
+                f"class at least, and leaves one: {len(self.classes)} to {total - len(self.classes):,}, or 0 for none"
             )
         from sklearn.model_selection import train_test_split
 

@@ -1,36 +1,25 @@
-"""MNIST's family and scikit-learn's digits as uint8 tensors: read, checked by md5, downloaded where missing."""
+"""Every data set by name, as uint8 tensors: read, checked, downloaded where it is missing."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gzip
-import hashlib
-import logging
-import os
-import time
+import importlib
+import string
 import zlib
-from collections.abc import Iterator
-from http.client import HTTPException
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
+from mnist_cnn.config.architecture import IMAGE_SIZE
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.runs.folder import write_whole
-
-log = logging.getLogger(__name__)
+from mnist_cnn.data.download import download, md5_of, only_downloader, through_torchvision
+from mnist_cnn.data.image_folder import read_folder
 
 # Digits at once without gradients: more would leave a CPU's caches, and be half as fast.
 CPU_BATCH, ACCELERATOR_BATCH = 100, 2000
-SECONDS_TO_WAIT_FOR_A_MIRROR = 20
-SECONDS_BETWEEN_ROUNDS = (1, 3)  # a mirror that was busy or cut the connection is asked again after these
-MAXIMUM_ARCHIVE = 2**28  # bytes; the largest published one has 30 MB
 
 # md5 of the uncompressed files. MNIST's are the widely published ones; Fashion-MNIST's are those of the files
 # at github.com/zalandoresearch/fashion-mnist. KMNIST's are published for the .gz only: those are checked instead.
@@ -49,24 +38,8 @@ MD5 = {
     },
     "KMNIST": {},
 }
-TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-CLASSES = {  # as torchvision has them, without importing it
-    "mnist": [str(digit) for digit in range(10)],
-    "digits": [str(digit) for digit in range(10)],
-    "fashion_mnist": [
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ],
-    "kmnist": ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"],
-}
+DIGITS = list(string.digits)
+CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
 class Digits(NamedTuple):
@@ -76,33 +49,74 @@ class Digits(NamedTuple):
     labels: Tensor
 
 
-def load(name: str, root: str | Path) -> tuple[Digits, Digits]:
-    """The training digits and the test digits of `name`, from `root` or downloaded there.
+class DataSet(NamedTuple):
+    """What a loader gives; labels are indices of `classes`, by their names."""
 
-    MNIST, Fashion-MNIST and KMNIST have 60,000 and 10,000; scikit-learn's digits 1,437 and 360.
+    train: Digits
+    test: Digits
+    classes: list[str]
+
+
+def load(name: str, root: str | Path, test: float | None = None) -> DataSet:
+    """A data set by its name, from `root` or downloaded there.
+
+    Args:
+        name: a key of `LOADERS`; or `module.function` of the user's own, which is called without arguments and returns
+            train, test and classes: pairs of images uint8 (N, 28, 28) or (N, 1, 28, 28) with labels (N,), and names.
+        root: a folder.
+        test: of a folder of pictures without a test part: the fraction that becomes one.
 
     Raises:
-        UserError: a file is missing and cannot be fetched, is cut short, or is not the published one.
+        UserError: a file is missing and cannot be fetched, is cut short, or is not the published one; or the user's
+            own function is not there, or fails.
     """
-    if name == "digits":
-        return _scikit_learn_digits()
-    files = [file for file in sorted((Path(root) / TORCHVISION[name] / "raw").glob("*-ubyte")) if file.is_file()]
+    if name in LOADERS:
+        return LOADERS[name](Path(root))
+    if name == "folder":
+        (train, test_part), classes = read_folder(Path(root), test or 0.2)
+        return DataSet(_digits(*train), _digits(*test_part), classes)
+    return _load_own(name)
+
+
+def _load_own(name: str) -> DataSet:
+    module, _, function = name.rpartition(".")
+    try:
+        train, test, classes = getattr(importlib.import_module(module), function)()
+        own = DataSet(_digits(*train), _digits(*test), [str(each) for each in classes])
+        for images, labels in own[:2]:
+            fit = len(images) == len(labels) and labels.min() >= 0 and labels.max() < len(classes)
+            if images.dtype != torch.uint8 or not fit:
+                raise ValueError(f"expected images uint8 with as many labels, each from 0 to {len(classes) - 1}")
+    except Exception as error:  # whatever the user's function raises
+        raise UserError(f"data._target_={name} gives no data ({type(error).__name__}: {error})") from None
+    return own
+
+
+def _digits(images: Any, labels: Any) -> Digits:
+    """Arrays or tensors (N, 28, 28) or (N, 1, 28, 28) and (N,)."""
+    return Digits(torch.as_tensor(images).reshape(-1, 1, IMAGE_SIZE, IMAGE_SIZE), torch.as_tensor(labels).long())
+
+
+def _mnist(name: str, classes: list[str], root: Path) -> DataSet:
+    """MNIST or a data set in its files: 60,000 and 10,000 images."""
+    files = [file for file in sorted((root / name / "raw").glob("*-ubyte")) if file.is_file()]
     if len(files) < 4:
-        return _load(name, root)
-    return _load_once(name, str(root), tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+        return DataSet(*_read_mnist(name, root), classes)
+    found = _read_once(name, root, tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    return DataSet(*found, classes)
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(name: str, root: str, _: tuple[tuple[int, int], ...]) -> tuple[Digits, Digits]:
+def _read_once(name: str, root: Path, _: tuple[tuple[int, int], ...]) -> tuple[Digits, Digits]:
     """Read once for all jobs of a sweep, for as long as the files keep their sizes and times."""
-    return _load(name, root)
+    return _read_mnist(name, root)
 
 
-def _load(name: str, root: str | Path) -> tuple[Digits, Digits]:
+def _read_mnist(name: str, root: Path) -> tuple[Digits, Digits]:
     import torchvision
 
-    dataset = getattr(torchvision.datasets, TORCHVISION[name])
-    folder = Path(root) / TORCHVISION[name] / "raw"
+    dataset = getattr(torchvision.datasets, name)
+    folder = root / name / "raw"
     found, faults = _read(folder, dataset)
     if faults:
         try:
@@ -159,107 +173,55 @@ def _checked(folder: Path, archive: str, gz_md5: str, md5: str | None) -> bytes:
     return content
 
 
-def _scikit_learn_digits() -> tuple[Digits, Digits]:
-    """scikit-learn's 1,797 digits of 8×8 in MNIST's form: 0–255, 20×20, centred in 28×28; stratified split."""
+def _emnist(split: str, classes: list[str], root: Path) -> DataSet:
+    """EMNIST's digits and letters (Cohen et al., 2017), whose files have rows and columns exchanged."""
+    first = 1 if split == "letters" else 0  # its letters are counted from 1
+    parts = [through_torchvision("EMNIST", root, split=split, train=train) for train in (True, False)]
+    train, test = (_digits(part.data.mT.contiguous(), part.targets - first) for part in parts)
+    return DataSet(train, test, classes)
+
+
+def _qmnist(root: Path) -> DataSet:
+    """MNIST made anew from NIST's files (Yadav and Bottou, 2019), with all 60,000 test digits."""
+    parts = [through_torchvision("QMNIST", root, what=what) for what in ("train", "test")]
+    train, test = (_digits(part.data, part.targets[:, 0]) for part in parts)
+    return DataSet(train, test, DIGITS)
+
+
+def _usps(root: Path) -> DataSet:
+    """7,291 and 2,007 digits of 16×16 from envelopes (Hull, 1994), in MNIST's form."""
+    parts = [through_torchvision("USPS", root, train=train) for train in (True, False)]
+    train, test = (_digits(_enlarged(torch.from_numpy(part.data)), part.targets) for part in parts)
+    return DataSet(train, test, DIGITS)
+
+
+def _scikit_learn_digits(_: Path) -> DataSet:
+    """scikit-learn's 1,797 digits of 8×8 in MNIST's form, a stratified part of 360 as the test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
-    small = torch.from_numpy(bunch.images).float().unsqueeze(1) * (255 / 16)
-    large = torch.nn.functional.interpolate(small, size=(20, 20), mode="bilinear", align_corners=False)
-    images = torch.nn.functional.pad(large.round().to(torch.uint8), (4, 4, 4, 4))
+    images = _enlarged(torch.from_numpy(bunch.images) * (255 / 16))
     labels = torch.from_numpy(bunch.target).to(torch.int64)
     train, test = train_test_split(range(len(labels)), test_size=360, stratify=bunch.target, random_state=0)
-    return Digits(images[train], labels[train]), Digits(images[test], labels[test])
+    return DataSet(Digits(images[train], labels[train]), Digits(images[test], labels[test]), DIGITS)
 
 
-# --- fetching ---------------------------------------------------------------------------------------------
+def _enlarged(images: Tensor) -> Tensor:
+    """Small square images (N, h, h) of 0–255 to uint8 (N, 1, 28, 28), scaled to 20×20 as MNIST's are."""
+    small = images.float().unsqueeze(1)
+    large = torch.nn.functional.interpolate(small, size=(20, 20), mode="bilinear", align_corners=False)
+    return torch.nn.functional.pad(large.round().to(torch.uint8), (4, 4, 4, 4))
 
 
-def md5_of(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
-
-
-@contextlib.contextmanager
-def only_downloader(folder: Path) -> Iterator[None]:
-    """One process at a time downloads into `folder`; one that fails takes its lock and empty folders away."""
-    own = [path for path in (folder.parent, folder.parent.parent) if not path.exists()]
-    lock = FileLock(folder.parent / ".download.lock")
-    while not lock.is_locked:
-        folder.parent.mkdir(parents=True, exist_ok=True)  # one that failed may just have taken it away
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=1)
-    try:
-        folder.mkdir(exist_ok=True)
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # files are in it
-            folder.rmdir()
-        Path(lock.lock_file).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # or another process waits
-            for path in own:
-                path.rmdir()
-        lock.release()
-
-
-def download(folder: Path, archive: str, fault: str, dataset: Any) -> bytes:
-    """A file fetched from the first mirror that has the published one; it and its archive are left in `folder`.
-
-    Raises:
-        UserError: no mirror has it; the message has what each said.
-    """
-    own = os.environ.get("MNIST_CNN_MIRRORS", "").split()  # laid out as data.root is
-    mirrors = [f"{mirror.rstrip('/')}/{dataset.__name__}/raw/" for mirror in own] or dataset.mirrors
-    md5 = dict(dataset.resources)[archive]
-    said: dict[str, str] = {}
-    asked = list(mirrors)
-    for wait in (*SECONDS_BETWEEN_ROUNDS, 0):
-        for mirror in list(asked):
-            log.info("downloading %s%s", mirror, archive)
-            try:
-                packed = _fetched(mirror + archive, md5)
-            except (OSError, HTTPException, ValueError) as error:
-                said[mirror] = _reason(error)
-                if not _may_pass(error):
-                    asked.remove(mirror)
-                continue
-            content = gzip.decompress(packed)
-            write_whole(folder / archive, packed)
-            write_whole(folder / archive.removesuffix(".gz"), content)
-            return content
-        if not asked:
-            break
-        time.sleep(wait)
-    answers = "; ".join(f"{mirror}: {reason}" for mirror, reason in said.items())
-    raise UserError(
-        f"{fault}, and {archive} could not be downloaded ({answers}). "
-        f"Put the files into ROOT/{dataset.__name__}/raw and set data.root=ROOT, or set MNIST_CNN_DATA to a folder "
-        "that has them, or MNIST_CNN_MIRRORS to the address of one, or use data=digits, which needs no download"
-    )
-
-
-def _fetched(address: str, md5: str) -> bytes:
-    request = Request(address, headers={"User-Agent": "mnist_cnn"})
-    with urlopen(request, timeout=SECONDS_TO_WAIT_FOR_A_MIRROR) as response:
-        content: bytes = response.read(MAXIMUM_ARCHIVE)
-        if missing := getattr(response, "length", None):
-            raise ConnectionError(f"broke off, {missing:,} bytes are missing")
-    if md5_of(content) != md5:
-        raise ConnectionError(f"sent {len(content):,} bytes that are not the published file")
-    return content
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, HTTPError):
-        return f"{error.code} {error.reason}"
-    cause = error.reason if isinstance(error, URLError) else error
-    return " ".join(str(getattr(cause, "strerror", None) or cause or type(cause).__name__).split())
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether to ask the mirror again: not where it is not reached, or has said that it has no such file for us."""
-    if isinstance(error, HTTPError):
-        return error.code >= 500 or error.code == 429
-    if isinstance(error, URLError):
-        return isinstance(error.reason, TimeoutError)
-    return not isinstance(error, ValueError)
+LOADERS: dict[str, Callable[[Path], DataSet]] = {
+    "mnist": functools.partial(_mnist, "MNIST", DIGITS),
+    "fashion_mnist": functools.partial(_mnist, "FashionMNIST", CLOTHES),
+    "kmnist": functools.partial(_mnist, "KMNIST", ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]),
+    "qmnist": _qmnist,
+    "emnist_digits": functools.partial(_emnist, "digits", DIGITS),
+    "emnist_letters": functools.partial(_emnist, "letters", list(string.ascii_lowercase)),
+    "emnist_balanced": functools.partial(_emnist, "balanced", [*DIGITS, *string.ascii_uppercase, *"abdefghnqrt"]),
+    "usps": _usps,
+    "digits": _scikit_learn_digits,
+}

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH
-from mnist_cnn.inference.digit_image import form_for
-from mnist_cnn.inference.image_files import read_picture
-from mnist_cnn.models.checkpoint import Description, find_checkpoint, network_of, read_description, rebuild
+from mnist_cnn.models.checkpoint import Description, find_checkpoint, network_of, read_description, rebuild, trust
 from mnist_cnn.models.convnet import ConvNet, find_device
+from mnist_cnn.pictures.digit_image import form_for
+from mnist_cnn.pictures.image_files import read_picture
 
 Picture = str | Path | Image.Image | NDArray[np.generic] | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -178,7 +178,10 @@ def _opened(picture: Picture) -> Image.Image | NDArray[Any]:
 
 
 def load_classifier(
-    path: str | Path | Sequence[str | Path], device: str = "auto", tta: Literal[1, 5, 9] = 1
+    path: str | Path | Sequence[str | Path],
+    device: str = "auto",
+    tta: Literal[1, 5, 9] = 1,
+    modules: Sequence[str] = (),
 ) -> Classifier:
     """A checkpoint to a `Classifier` on `device` (auto, cpu, cuda).
 
@@ -187,6 +190,7 @@ def load_classifier(
             whose probabilities are averaged.
         tta: test-time augmentation. 5: probabilities are averaged over a digit and its shifts by one pixel; 9: the
             diagonal ones too.
+        modules: Python modules of your own that layers of the networks come from.
 
     Raises:
         UserError: a checkpoint cannot be read, they have different classes, or there is no such device.
@@ -194,6 +198,7 @@ def load_classifier(
     paths = [path] if isinstance(path, str | Path) else list(path)
     if not paths:
         raise UserError("checkpoint=[] names no checkpoint")
+    trust(modules)
     torch_device = find_device(device)
     members = [_load_member(each, torch_device) for each in paths]
     for each, member in zip(paths, members, strict=True):

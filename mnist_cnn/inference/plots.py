@@ -15,9 +15,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mnist_cnn.inference.digit_image import visible_pixels
 from mnist_cnn.inference.metrics import Scores
 from mnist_cnn.models.convnet import ConvNet
+from mnist_cnn.pictures.digit_image import visible_pixels
 
 INK: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 255}  # the style of digits, dark on white
 
@@ -109,7 +109,8 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], smoo
 def confusion_matrix(confusion: NDArray[np.int64], classes: list[str], title: str, path: Path) -> None:
     """Draw counts (classes, classes) of expected × predicted; only mistakes are coloured, so that they stand out."""
     long = max(map(len, classes)) > 3
-    figure = Figure(figsize=(7.5, 7))
+    side = max(7.5, 0.32 * len(classes))
+    figure = Figure(figsize=(side, side - 0.5))
     axes = figure.add_axes((0.16, 0.14, 0.81, 0.8) if long else (0.08, 0.07, 0.9, 0.88))
     mistakes = confusion.copy()
     np.fill_diagonal(mistakes, 0)

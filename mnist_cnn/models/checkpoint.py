@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from mnist_cnn.config.settings import DataName, Fraction
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.runs.folder import write_whole
 
-FORMAT = 4  # 2 brought the temperature, 3 convolutions without bias, 4 the name std; those before are read as well
+FORMAT = 4  # 2 brought the temperature, 3 convolutions without bias, 4 the name std and the parts that Block names
 RENAMED = {f"{part}standard_deviation": f"{part}std" for part in ("network.", "")}  # in formats 1 to 3
 MAXIMUM_CHECKED = 2**28  # bytes of a checkpoint whose checksums are compared; more would take seconds
 MAXIMUM_DESCRIPTION = 16 * 2**20  # bytes of what is not weights
@@ -32,6 +33,7 @@ class TrainedOn(Strict):
     validation_from: Literal["last", "random"]
     normalization: Literal["unit", "standard"]
     seed: int
+    test: float | None = None  # the fraction of a folder
 
 
 class Description(Strict):
@@ -140,12 +142,25 @@ def save_weights(path: Path, description: Description, network: ConvNet) -> None
     save(path, {"state_dict": state, "mnist_cnn": about})
 
 
+_trusted: set[str] = set()
+
+
+def trust(modules: Iterable[str]) -> None:
+    """Name Python modules of the user's own that layers may come from; for a checkpoint alone none is imported."""
+    _trusted.update(modules)
+
+
 def network_of(path: str | Path, description: Description, state: Any) -> ConvNet:
     """The network of a description with a file's weights, each checked before memory is taken for it.
 
     Raises:
         UserError: the weights are not those of the network.
     """
+    if strange := sorted(description.architecture.own_modules() - _trusted):
+        raise UserError(
+            f"{path} has layers of a module of your own, and nothing that a checkpoint names is imported by itself: "
+            f"name it again, by modules=[{','.join(strange)}]"
+        )
     with torch.device("meta"):  # shapes only
         network = ConvNet(description.architecture, len(description.classes))
     expected = network.state_dict()

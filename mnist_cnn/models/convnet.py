@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnist_cnn.config.architecture import Architecture, Block, Dense
+from mnist_cnn.config.architecture import Architecture, Block, Dense, Layer
 from mnist_cnn.config.schema import UserError, validated
 
 
@@ -48,12 +49,13 @@ class ConvNet(nn.Module):
         self.register_buffer("std", torch.tensor(std))
 
         channels = [1, *(block.filters for block in specification.blocks)]
-        self.blocks = nn.Sequential(*map(_block, channels, specification.blocks))
+        self.blocks = nn.Sequential(*map(_block, channels, specification.whole_blocks()))
         flat = next(row.output[0] for row in specification.layers() if row.name == "flatten")
         features = [flat, *(dense.units for dense in specification.dense)]
-        self.dense = nn.Sequential(*map(_dense_layer, features, specification.dense))
+        self.dense = nn.Sequential(*map(_dense_layer, features, specification.whole_dense()))
         self.logits = nn.Linear(features[-1], classes)
 
+        self._plain = all(isinstance(part, PLAIN) for part in [*self.blocks.modules(), *self.dense.modules()])
         if specification.initialization == "keras":
             self.apply(_glorot_uniform)
         # Convolutions are 1.8 times faster on a CPU with the channels last, and flatten then keeps Keras's order.
@@ -70,29 +72,34 @@ class ConvNet(nn.Module):
         return self.logits(_dense_layout(x))
 
     def _in_onednn(self, x: Tensor) -> bool:
-        """Whether oneDNN can train this network in its own layout: in float32 on a CPU, and without batch norm."""
+        """Whether oneDNN can train this network in its own layout: in float32 on a CPU, with plain layers only."""
         return (
             self.training
             and x.device.type == "cpu"
             and x.dtype == torch.float32
             and torch.backends.mkldnn.is_available()
             and not torch.is_autocast_enabled("cpu")
-            and not any(block.batch_norm for block in self.specification.blocks)
+            and self._plain
         )
 
     @torch.inference_mode()
     def feature_maps(self, images: Tensor) -> list[Tensor]:
-        """What each block's filters find, after relu and before pooling: float (N, filters, height, width).
+        """What each block's filters find, after the activation and before pooling: float (N, filters, height, width).
 
         Images as of `forward`, of a network in evaluation mode.
         """
         x = (images.to(self.mean.device, self.mean.dtype) - self.mean) / self.std
         maps = []
-        for layers, block in zip(self.blocks, self.specification.blocks, strict=True):
-            convolved = 2 if block.batch_norm else 1  # layers before pooling and relu
-            x = layers[:convolved](x)  # type: ignore[index]
-            maps.append(torch.relu(x).float())
-            x = layers[convolved:](x)  # type: ignore[index]
+        for block in self.blocks.children():
+            layers = list(block.children())
+            pool = next((i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d | nn.AvgPool2d)), None)
+            for layer in layers[:pool]:
+                x = layer(x)
+            rest = [] if pool is None else layers[pool:]
+            after = len(rest) > 1 and isinstance(rest[1], nn.ReLU)  # pooling stands before relu: see _block
+            maps.append((torch.relu(x) if after else x).float())
+            for layer in rest:
+                x = layer(x)
         return maps
 
     def replace_logits(self, classes: int) -> None:
@@ -139,25 +146,83 @@ def _dense_layout(x: Tensor) -> Tensor:
     return x.to_dense() if x.is_mkldnn else x
 
 
+PLAIN = (nn.Conv2d, nn.MaxPool2d, nn.Linear, nn.ReLU, Dropout, nn.Sequential)  # oneDNN has them in its own layout
+ACTIVATION_CLASSES: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class Residual(nn.Module):
+    """Layers, and their input added to what comes out; a 1×1 convolution brings it to that shape where it differs."""
+
+    def __init__(self, layers: nn.Sequential, channels: int, block: Block) -> None:
+        super().__init__()
+        self.layers = layers
+        projected = block.projects(channels)
+        self.shortcut = nn.Conv2d(channels, block.filters, 1, block.stride, bias=False) if projected else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) + self.shortcut(x)
+
+
 def _block(channels: int, block: Block) -> nn.Sequential:
-    convolution = nn.Conv2d(channels, block.filters, block.kernel, block.stride, block.padding, bias=block.bias)
-    layers: list[nn.Module] = [convolution]
-    if block.batch_norm:
+    layers: list[nn.Module] = [_convolution(channels, block)]
+    if block.batch_norm and block.batch_norm != "after":
         layers.append(nn.BatchNorm2d(block.filters))
-    # Pooling before relu is the same function, as both keep the order of numbers, and relu then has less to do.
-    if block.pool is not None:
-        layers.append(nn.MaxPool2d(block.pool))
-    layers.append(nn.ReLU(inplace=block.pool is None))  # oneDNN's pooling wants its output again
+    if block.residual:
+        layers = [Residual(nn.Sequential(*layers), channels, block)]
+    activation = _activation(block.activation)
+    rest: list[nn.Module] = [nn.BatchNorm2d(block.filters)] if block.batch_norm == "after" else []
+    if block.layer is not None:
+        rest.append(_own(block.layer, block.filters))
+    pool = [(nn.AvgPool2d if block.pooling == "avg" else nn.MaxPool2d)(block.pool)] if block.pool is not None else []
+    if pool and not rest and block.activation == "relu" and block.pooling != "avg":
+        # Pooling before relu is the same function, as both keep the order of numbers, and relu then has less to do.
+        layers += [*pool, nn.ReLU()]  # not in place: oneDNN's pooling wants its output again
+    else:
+        layers += [activation, *rest, *pool]
     if block.dropout:
         layers.append(Dropout(block.dropout))
     return nn.Sequential(*layers)
 
 
+def _convolution(channels: int, block: Block) -> nn.Module:
+    size = (block.kernel, block.stride, block.padding)
+    if not block.separable:
+        return nn.Conv2d(channels, block.filters, *size, bias=block.bias)
+    each = nn.Conv2d(channels, channels, *size, groups=channels, bias=False)
+    return nn.Sequential(each, nn.Conv2d(channels, block.filters, 1, bias=block.bias))
+
+
 def _dense_layer(features: int, dense: Dense) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Linear(features, dense.units), nn.ReLU(inplace=True)]
+    layers: list[nn.Module] = [nn.Linear(features, dense.units), _activation(dense.activation)]
     if dense.dropout:
         layers.append(Dropout(dense.dropout))
     return nn.Sequential(*layers)
+
+
+def _activation(activation: Any) -> nn.Module:
+    return ACTIVATION_CLASSES[activation]() if isinstance(activation, str) else _own(activation)
+
+
+def _own(own: Mapping[str, Any], *arguments: Any) -> nn.Module:
+    """A module of the user's own, made by its `_target_`.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    module, _, name = own["_target_"].rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+        made: nn.Module = kind(*arguments, **{key: value for key, value in own.items() if key != "_target_"})
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f"{module}.{name} cannot be made ({type(error).__name__}: {error})") from None
+    return made
 
 
 def _glorot_uniform(module: nn.Module) -> None:
@@ -181,9 +246,12 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def summary(specification: Architecture, classes: int) -> str:
+def summary(network: ConvNet) -> str:
     """A table of layers, output shapes (height, width, filters) and parameters, with their total."""
-    rows = specification.layers(classes)
-    lines = [f"{'layer':<20}{'output shape':<18}{'parameters':>11}"]
-    lines += [f"{row.name:<20}{row.output!s:<18}{row.parameters:>11,}" for row in rows]
-    return "\n".join([*lines, f"{'total':<38}{sum(row.parameters for row in rows):>11,}"])
+    rows = network.specification.layers(network.logits.out_features)
+    total = network.parameter_count()
+    if own := total - sum(row.parameters for row in rows):
+        rows.append(Layer("layers of your own", (), own))
+    lines = [f"{'layer':<26}{'output shape':<16}{'parameters':>11}"]
+    lines += [f"{row.name:<26}{row.output or ''!s:<16}{row.parameters:>11,}" for row in rows]
+    return "\n".join([*lines, f"{'total':<42}{total:>11,}"])

@@ -21,6 +21,7 @@ from mnist_cnn.config.schema import UserError, validated
 Array = NDArray[np.float32]
 MAXIMUM_CONFIG = 2**24  # bytes
 TORCH_EPSILON = 1e-5  # of torch's batch norm
+ACTIVATIONS = {"relu": "relu", "tanh": "tanh", "sigmoid": "sigmoid", "gelu": "gelu", "silu": "silu", "swish": "silu"}
 
 
 class ImportedNetwork(NamedTuple):
@@ -163,7 +164,7 @@ class KerasConverter:
         self.weights: dict[str, Array] = {}
         self.mean, self.std = 0.0, 255.0 if divide_by_255 else 1.0
         self.stage, self.channels = "blocks", 1
-        self.linear = False  # the last convolution or dense layer has no relu yet
+        self.linear = False  # the last convolution or dense layer has no activation yet
 
     def add(self, layer: KerasLayer) -> None:
         handlers = {
@@ -173,6 +174,8 @@ class KerasConverter:
             "Conv2D": self._convolution,
             "BatchNormalization": self._batch_norm,
             "MaxPooling2D": self._pooling,
+            "AveragePooling2D": self._pooling,
+            "GlobalAveragePooling2D": self._global_pooling,
             "Dropout": self._dropout,
             "Flatten": self._flatten,
             "Dense": self._dense,
@@ -222,32 +225,37 @@ class KerasConverter:
     def _convolution(self, layer: KerasLayer) -> None:
         if self.stage != "blocks":
             self._refuse(layer, "stands after Flatten")
-        self._require_relu(layer)
-        self._require(layer, dilation_rate=[1, 1], groups=1, use_bias=True)
+        self._require_activation(layer)
+        self._require(layer, dilation_rate=[1, 1], groups=1)
         kernel, stride = self._square(layer, "kernel_size"), self._square(layer, "strides")
         padding = 0
         if layer.config.get("padding") == "same":
             if stride != 1 or kernel % 2 == 0:
                 self._refuse(layer, "has padding same with an even kernel or a stride")
             padding = kernel // 2
-        filters = layer.config["filters"]
-        self.blocks.append({"filters": filters, "kernel": kernel, "stride": stride, "padding": padding})
-        self.linear = self._is_linear(layer)
+        filters, biased = layer.config["filters"], layer.config.get("use_bias", True)
+        block = {"filters": filters, "kernel": kernel, "stride": stride, "padding": padding, "bias": biased}
+        self.blocks.append(block)
+        self._set_activation(layer, block)
         self._architecture()  # refused before its weights are read
-        values, bias = read_weights(self.file, layer, (kernel, kernel, self.channels, filters), (filters,))
+        shapes = [(kernel, kernel, self.channels, filters), *([(filters,)] if biased else [])]
+        values, *bias = read_weights(self.file, layer, *shapes)
         name = f"blocks.{len(self.blocks) - 1}.0"
-        self.weights |= {f"{name}.weight": values.transpose(3, 2, 0, 1).copy(), f"{name}.bias": bias}
+        self.weights[f"{name}.weight"] = values.transpose(3, 2, 0, 1).copy()
+        self.weights |= {f"{name}.bias": each for each in bias}
         self.channels = filters
 
     def _batch_norm(self, layer: KerasLayer) -> None:
-        if not self.linear or self.stage != "blocks" or self.blocks[-1].keys() & {"pool", "dropout", "batch_norm"}:
-            self._refuse(layer, "does not stand between a convolution and its relu")
+        taken = {"pool", "dropout", "batch_norm"}
+        if self.stage != "blocks" or not self.blocks or self.blocks[-1].keys() & taken:
+            self._refuse(layer, "does not follow a convolution or its activation")
         self._require(layer, center=True, scale=True)
-        self.blocks[-1]["batch_norm"] = True
+        self.blocks[-1]["batch_norm"] = True if self.linear else "after"
         gamma, beta, mean, variance = read_weights(self.file, layer, *[(self.channels,)] * 4)
         variance = (variance + (layer.config["epsilon"] - TORCH_EPSILON)).astype(np.float32)
         parts = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": variance}
-        self.weights |= {f"blocks.{len(self.blocks) - 1}.1.{key}": value for key, value in parts.items()}
+        place = f"blocks.{len(self.blocks) - 1}.{1 if self.linear else 2}"
+        self.weights |= {f"{place}.{key}": value for key, value in parts.items()}
 
     def _pooling(self, layer: KerasLayer) -> None:
         if self.stage != "blocks" or not self.blocks or self.blocks[-1].keys() & {"pool", "dropout"}:
@@ -256,7 +264,20 @@ class KerasConverter:
         pool = self._square(layer, "pool_size")
         if layer.config.get("strides") is not None and self._square(layer, "strides") != pool:
             self._refuse(layer, "has strides that are not its pool_size")
-        self.blocks[-1]["pool"] = pool
+        self._pool(layer, pool)
+
+    def _global_pooling(self, layer: KerasLayer) -> None:
+        if self.stage != "blocks" or not self.blocks or self.blocks[-1].keys() & {"pool", "dropout"}:
+            self._refuse(layer, "does not follow a convolution")
+        convolved = [row for row in self._architecture().layers() if row.name == f"convolution {len(self.blocks)}"]
+        self._pool(layer, convolved[0].output[0])
+        self._flatten(layer)
+
+    def _pool(self, layer: KerasLayer, size: int) -> None:
+        self.blocks[-1]["pool"] = size
+        if layer.kind != "MaxPooling2D":
+            self.blocks[-1]["pooling"] = "avg"
+            self._require_activation(layer)
 
     def _dropout(self, layer: KerasLayer) -> None:
         last = self.blocks[-1:] if self.stage == "blocks" or not self.dense else self.dense[-1:]
@@ -265,17 +286,17 @@ class KerasConverter:
         last[0]["dropout"] = float(layer.config["rate"])
 
     def _flatten(self, layer: KerasLayer) -> None:
-        self._require_relu(layer)
+        self._require_activation(layer)
         self.stage = "dense"
 
     def _dense(self, layer: KerasLayer) -> None:
         if self.stage == "blocks" and self.blocks:
             self._refuse(layer, "stands before Flatten")
-        self._require_relu(layer)
+        self._require_activation(layer)
         self._require(layer, use_bias=True)
         units = layer.config["units"]
         self.dense.append({"units": units})
-        self.linear = self._is_linear(layer)
+        self._set_activation(layer, self.dense[-1])
         self.stage = "end" if layer.config.get("activation") == "softmax" else "dense"
         flat = next(row.output[0] for row in self._architecture().layers() if row.name == "flatten")
         features = self.dense[-2]["units"] if len(self.dense) > 1 else flat
@@ -287,7 +308,11 @@ class KerasConverter:
         activation = layer.config.get("activation")
         if activation == "softmax" and self.dense and self.linear:
             self.stage = "end"
-        elif activation == "relu" and self.linear:
+        elif activation in ACTIVATIONS and self.linear:
+            last = self.blocks[-1] if self.stage == "blocks" else self.dense[-1]
+            if "pool" in last and activation not in ("relu", "tanh", "sigmoid"):  # those keep the order of numbers
+                self._refuse(layer, "follows its pooling")
+            last |= {"activation": ACTIVATIONS[activation]} if activation != "relu" else {}
             self.linear = False
         else:
             self._refuse(layer, f"is {activation!r:.60} there")
@@ -311,9 +336,9 @@ class KerasConverter:
             if (list(found) if isinstance(found, list | tuple) else found) != value:
                 self._refuse(layer, f"has {key}={found!r:.60}")
 
-    def _require_relu(self, layer: KerasLayer) -> None:
+    def _require_activation(self, layer: KerasLayer) -> None:
         if self.linear:
-            self._refuse(layer, "follows a layer without relu")
+            self._refuse(layer, "follows a layer without an activation")
 
     def _square(self, layer: KerasLayer, key: str) -> int:
         value = layer.config[key]
@@ -322,9 +347,11 @@ class KerasConverter:
             self._refuse(layer, f"has {key}={value!r:.60}")
         return int(sizes[0])
 
-    def _is_linear(self, layer: KerasLayer) -> bool:
-        """Whether the layer has no relu of its own, so that one may follow."""
+    def _set_activation(self, layer: KerasLayer, part: dict[str, Any]) -> None:
+        """Take over a layer's own activation; where it has none, one may follow."""
         activation = layer.config.get("activation")
-        if activation not in ("relu", "linear", "softmax") or (activation == "softmax" and layer.kind != "Dense"):
+        if activation in ACTIVATIONS:
+            part |= {"activation": ACTIVATIONS[activation]} if activation != "relu" else {}  # the architecture's
+        elif activation != "linear" and not (activation == "softmax" and layer.kind == "Dense"):
             self._refuse(layer, f"has activation {activation!r:.60}")
-        return activation != "relu"
+        self.linear = activation not in ACTIVATIONS

@@ -287,6 +287,8 @@ def parsed(words: list[str]) -> Namespace:
 
 def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     """Run a `@hydra.main` task as a command: `task` ends by SystemExit or returns for status 0."""
+    # Before torch is imported: threads that spin while they wait take the cores from whoever else has work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = _literal_paths(sys.argv[1:])
     known = parsed(words)
     # argparse takes overrides in one place only; users write flags anywhere between them.

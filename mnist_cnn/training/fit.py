@@ -27,7 +27,7 @@ from mnist_cnn.data.augmentation import Affine
 from mnist_cnn.data.datamodule import MNISTDataModule
 from mnist_cnn.inference.classifier import Classifier, load_classifier
 from mnist_cnn.inference.metrics import Scores, score
-from mnist_cnn.models.checkpoint import rebuild
+from mnist_cnn.models.checkpoint import rebuild, trust
 from mnist_cnn.models.convnet import ConvNet, find_device, summary
 from mnist_cnn.runs.folder import alone_in, describe_run, refuse_occupied, resumed, write_csv, write_whole
 from mnist_cnn.training.callbacks import (
@@ -101,7 +101,7 @@ def run(
 ) -> Metrics:
     """What each rank does, and of a single process all there is."""
     device = prepare(config)
-    data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
+    data = MNISTDataModule(**config.data.model_dump(exclude={"epochs"}), seed=config.seed)
     data.setup()
     checkpoint = find_last_checkpoint(folder, config) if config.resume else None
     network, config = first_network(config, data, overrides, checkpoint is not None)
@@ -109,7 +109,7 @@ def run(
     trainer = trainer_for(config, folder, device, stop, len(data.validation.labels) > 0, callbacks, silent)
     if trainer.is_global_zero:
         log.info("%s", data.shapes())
-        log.info("%s", summary(network.specification, len(data.classes)))
+        log.info("%s", summary(network))
         describe_run(folder, config, overrides, choices)
 
     start = time.perf_counter()
@@ -187,6 +187,7 @@ def prepare(config: Train) -> torch.device:
         raise UserError("trainer.sync_batchnorm=true: torch has it for CUDA only; leave it out on a CPU")
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
+    trust(config.architecture.own_modules() | set(config.modules))
     keep_memory()
     torch.manual_seed(config.seed)
     return device

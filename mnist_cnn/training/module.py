@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from mnist_cnn.config.schema import NotFiniteError
 from mnist_cnn.data.datamodule import MNISTDataModule
-from mnist_cnn.models.checkpoint import FORMAT, rebuild
+from mnist_cnn.models.checkpoint import FORMAT, rebuild, trust
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.runs.folder import versions
 
@@ -260,12 +260,17 @@ class DigitClassifier(pl.LightningModule):
     # --- optimizer and checkpoint --------------------------------------------------------------------------------
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *_: Any, **settings: Any) -> DigitClassifier:
+    def load_from_checkpoint(
+        cls, checkpoint_path: Any, *_: Any, modules: Iterable[str] = (), **settings: Any
+    ) -> DigitClassifier:
         """The module of a checkpoint that a run or any Trainer wrote; `settings` are arguments beside the network.
+
+        `modules` are Python modules of your own that layers of the network come from.
 
         Raises:
             UserError: the file is no whole checkpoint of this package.
         """
+        trust(modules)
         return cls(rebuild(checkpoint_path)[0], **settings)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -298,6 +303,7 @@ class DigitClassifier(pl.LightningModule):
             classes = list(data.classes)
             seen |= {"name": data.data_name, "validation": data.validation_size, "seed": data.seed}
             seen |= {"validation_from": data.validation_from, "normalization": data.normalization}
+            seen |= {"test": data.test_fraction}
         return {
             "format": FORMAT,
             "architecture": self.network.specification.model_dump(),

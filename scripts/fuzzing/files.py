@@ -19,8 +19,8 @@ import mnist_cnn
 from fuzzing.outcome import DIGITS, refusal_allowed
 from mnist_cnn.data import datasets
 from mnist_cnn.inference.classifier import load_classifier
-from mnist_cnn.inference.digit_image import mnist_form
-from mnist_cnn.inference.image_files import find_pictures, read_picture
+from mnist_cnn.pictures.digit_image import mnist_form
+from mnist_cnn.pictures.image_files import find_pictures, read_picture
 
 
 @st.composite

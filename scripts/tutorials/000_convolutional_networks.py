@@ -39,7 +39,7 @@ print(data.shapes())
 # %%
 blocks = [{"filters": 30, "kernel": 5, "pool": 2}, {"filters": 70, "kernel": 3, "pool": 2}]
 network = ConvNet({"blocks": blocks, "dense": [100]})
-print(summary(network.specification, classes=10))
+print(summary(network))
 
 # %% [markdown]
 # ## Training

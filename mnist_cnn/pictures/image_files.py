@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.inference.digit_image import MAXIMUM_PIXELS, first_line
+from mnist_cnn.pictures.digit_image import MAXIMUM_PIXELS, first_line
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 FORMATS = ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"]

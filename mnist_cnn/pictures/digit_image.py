@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from mnist_cnn.config.architecture import IMAGE_SIZE
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.inference.ink import find_ink
+from mnist_cnn.pictures.ink import find_ink
 
 Pixels = NDArray[Any]
 DIGIT_SIZE = 20  # the digit's longer side, in pixels of 28×28
@@ -23,6 +23,7 @@ CENTRE = 14  # the pixel in which MNIST's centres of mass lie
 MINIMUM_STROKE = 1.5  # thinner strokes are made bolder, in pixels of 28×28: MNIST's own are 2 to 4 wide
 BOLD_STROKE = 2.0  # how wide they become
 MAXIMUM_PIXELS = 65_000_000  # a camera of 64 megapixels
+IN_MNIST_FORM = ("mnist", "qmnist", "folder")  # data sets
 SAMPLE = 500_000  # pixels of a large picture from which its colours are judged
 
 
@@ -51,13 +52,13 @@ def form_for(data: str, mode: str) -> Callable[[Image.Image | Pixels], NDArray[n
     """The function that turns a picture into uint8 (28, 28) for a network.
 
     Args:
-        data: what the network was trained on. Only MNIST has MNIST's form: a network of other data takes any picture
-            of 28×28 as it is.
+        data: what the network was trained on. A network of data that are not in MNIST's form takes any picture of
+            28×28 as it is.
         mode: any for pictures of all kinds, exact for `exact_form`.
     """
     if mode == "exact":
         return exact_form
-    if data == "mnist":
+    if data in IN_MNIST_FORM:
         return mnist_form
 
     def form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:

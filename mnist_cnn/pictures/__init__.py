@@ -1,0 +1,1 @@
+"""Any picture of a digit in the form that networks are trained on."""
