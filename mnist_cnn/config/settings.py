@@ -102,7 +102,7 @@ class Data(Strict):
     validation_from: Literal["last", "random"]
     normalization: Literal["unit", "standard"]
     test: float | None = Field(default=None, gt=0, lt=1)  # of a folder without a test part
-    epochs: int | None = Field(default=None, ge=1)  # where the run's own are not given
+    epochs: int | None = Field(default=None, ge=1, exclude=True)  # taken over by the run's own, which may differ
 
     @model_validator(mode="after")
     def _test_of_a_folder(self) -> Data:

@@ -101,7 +101,7 @@ def run(
 ) -> Metrics:
     """What each rank does, and of a single process all there is."""
     device = prepare(config)
-    data = MNISTDataModule(**config.data.model_dump(exclude={"epochs"}), seed=config.seed)
+    data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
     data.setup()
     checkpoint = find_last_checkpoint(folder, config) if config.resume else None
     network, config = first_network(config, data, overrides, checkpoint is not None)

@@ -34,7 +34,7 @@ def bare(recipe, precision, epochs, *overrides):
     from omegaconf import OmegaConf
     from torch.nn import functional as F
 
-    from mnist_cnn.config.settings import CONF
+    from mnist_cnn.config.settings import CONF, Data
     from mnist_cnn.data.datamodule import MNISTDataModule
     from mnist_cnn.models.convnet import ConvNet
     from mnist_cnn.training.fit import keep_memory
@@ -43,7 +43,8 @@ def bare(recipe, precision, epochs, *overrides):
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(hydra.compose("train", [f"experiment={recipe}", *overrides]), resolve=True)
     torch.manual_seed(1)
-    data = MNISTDataModule(**config["data"], seed=1)
+    config["data"].pop("_target_")
+    data = MNISTDataModule(**Data.model_validate(config["data"]).model_dump(), seed=1)
     data.setup()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = ConvNet(config["architecture"], 10, data.mean, data.std).to(device)
