@@ -75,7 +75,10 @@ def load_digits(config: Evaluate, trained_on: Description) -> tuple[Digits, list
     Raises:
         UserError: there are none, their classes are not the checkpoint's, or `probabilities` names one beyond the last.
     """
+    import torch
+
     from mnist_cnn.data.datamodule import MNISTDataModule
+    from mnist_cnn.data.datasets import Digits
 
     as_trained = config.data.name == "as_trained"
     name, test = (trained_on.data.name, trained_on.data.test) if as_trained else (config.data.name, config.data.test)
@@ -85,14 +88,19 @@ def load_digits(config: Evaluate, trained_on: Description) -> tuple[Digits, list
     split = split if config.split == "validation" else {"validation": 0}
     data = MNISTDataModule(name, config.data.root, test=test, **split)
     data.setup()
-    if len(trained_on.classes) != len(data.classes):
-        raise UserError(f"{name} has {len(data.classes)} classes, the checkpoint {len(trained_on.classes)}")
-    digits = data.test if config.split == "test" else data.validation
+    digits, classes = data.test if config.split == "test" else data.validation, data.classes
+    if name == "folder" and trained_on.data.name != "folder":  # it saw none of these pictures
+        digits = Digits(*map(torch.cat, zip(data.train, data.test, strict=True)))
+    if set(classes) <= set(trained_on.classes):
+        labels = torch.tensor([trained_on.classes.index(each) for each in classes])[digits.labels]
+        digits, classes = Digits(digits.images, labels), trained_on.classes
+    elif len(classes) != len(trained_on.classes):
+        raise UserError(f"{name} has {len(classes)} classes, the checkpoint {len(trained_on.classes)}")
     if not len(digits.labels):
         raise UserError("split=validation: it was trained without validation digits; use split=test")
     if outside := [index for index in config.probabilities if index >= len(digits.labels)]:
         raise UserError(f"probabilities={outside}: {config.split} has digits 0 to {len(digits.labels) - 1}")
-    return digits, data.classes
+    return digits, classes
 
 
 def write_results(

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import RunError, UserError, validated
 from mnist_cnn.config.settings import CONF
-from mnist_cnn.config.study_settings import SweepSettings, without_password
+from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.folder import override_key, refuse_occupied, write_whole
 from mnist_cnn.runs.hydra_app import guarded, plain, refuse, run_command, user_config_dir
 from mnist_cnn.search.space import Space, compose, study_name, training_overrides
@@ -50,7 +50,7 @@ def work(settings: SweepSettings) -> None:
     for name in ("optuna", "plotly"):
         if not importlib.util.find_spec(name):
             raise UserError(f"mnist-sweep needs the package {name}: pip install 'mnist-cnn[sweep]'")
-    from mnist_cnn.search.study import reason_of, storage_error
+    from mnist_cnn.search.study import reason_of, storage_error, without_password
 
     try:
         if settings.report:

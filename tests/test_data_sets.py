@@ -1,7 +1,10 @@
 """Pictures and data of one's own, and data sets that torchvision reads."""
 
 import bz2
+import csv
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -56,6 +59,19 @@ def test_a_network_learns_ones_own_hand(run, tmp_path, trained):
     assert evaluated.status == 0
     assert "50 digits" in evaluated.out or "of 50" in evaluated.out
     said(run("mnist-evaluate", f"checkpoint={ended.folder()}", "plots=false"), "data", "expected")
+
+
+def test_a_folder_scores_a_network_that_never_saw_it(run, tmp_path, trained):
+    """All its pictures do, by the names of their folders, though one class is missing."""
+    written(tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine" / "4")
+    count = len(list((tmp_path / "mine").rglob("*.png")))
+    ended = run("mnist-evaluate", f"checkpoint={trained}", "data=folder", "data.root=mine", "plots=false")
+    assert ended.status == 0, ended.err
+    found = list(csv.DictReader((ended.folder() / "incorrect.csv").open()))
+    accuracy = json.loads((ended.folder() / "evaluation.json").read_text())["accuracy"]
+    assert accuracy == pytest.approx(1 - len(found) / count)
+    assert accuracy > 0.8
 
 
 def test_a_folder_with_a_test_part_of_its_own(run, tmp_path):

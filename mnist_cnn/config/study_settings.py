@@ -52,32 +52,12 @@ def _parameter(value: Any) -> Any:
 Parameter = Annotated[FloatRange | IntRange | Choices, BeforeValidator(_parameter)]
 
 
-def without_password(url: str, instead: str = "***") -> str:
-    """A storage's address as it may be shown or kept, whether or not it can be read as one.
-
-    Args:
-        url: such as postgresql://user:password@host/database?sslpassword=…
-        instead: what stands for a password; where it is empty, the address can be used with a password from elsewhere.
-    """
-    mark = f":{instead}" if instead else ""
-    url = re.sub(r"^((?>(?:[^:/?@]*://)?)[^:@]*+):.*@", rf"\1{mark}@", url, flags=re.DOTALL)
-    if "@" not in url:  # a word in a port's place
-        url = re.sub(r"^([^:/?@]*://[^:/?\[]*):(?!\d+(?:[/?]|$))[^/?]*", rf"\1{mark}", url)
-    secret = r"[^=&?]*(?:passw|pwd|secret|token)[^=&]*="
-    if instead:
-        return re.sub(rf"([?&]{secret})[^&]*", rf"\1{instead}", url, flags=re.IGNORECASE)
-    kept = re.sub(rf"[?&]{secret}[^&]*", "", url, flags=re.IGNORECASE)
-    return kept if "?" in kept else kept.replace("&", "?", 1)
-
-
 def _storage(value: str | None) -> str | None:
+    """Refuse what is no address of a storage, without a word of it: it may have a password."""
     if value is not None and not re.match(r"(sqlite|postgresql|mysql)(\+\w+)?://", value):
-        raise ValueError(
-            f"storage={without_password(value)}: must be such as postgresql://user@host/database, mysql://… or "
-            "sqlite:///file.db"
-        )
+        raise ValueError("storage: must be such as postgresql://user@host/database, mysql://… or sqlite:///file.db")
     if value is not None and value.partition("?")[0].count("@") > 1:  # else parts of the password become the host
-        raise ValueError(f"storage={without_password(value)}: write @ in a password as %40")
+        raise ValueError("storage: write @ in a password as %40")
     return value
 
 

@@ -8,6 +8,7 @@ given back waits again under its number; one whose worker was killed is repeated
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections import Counter
@@ -25,11 +26,11 @@ from optuna.distributions import distribution_to_json
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import event
+from sqlalchemy import event, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from mnist_cnn.config.schema import RunError, UserError
-from mnist_cnn.config.study_settings import SweepSettings, without_password
+from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.folder import write_whole
 from mnist_cnn.search.space import SWEEP_KEYS, Space, of_the_machine
 
@@ -92,6 +93,18 @@ def open_storage(url: str, settings: SweepSettings, begin: bool) -> RDBStorage:
         event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         storage.engine.dispose()
     return storage
+
+
+def without_password(url: str) -> str:
+    """A storage's address as it may be shown or kept."""
+    try:
+        found = make_url(url)
+    except (ArgumentError, ValueError):
+        return f"{url.partition(':')[0]}://…"
+    secret = [key for key in found.query if re.search("passw|pwd|secret|token", key, re.IGNORECASE)]
+    if found.password is None and not secret:
+        return url
+    return found._replace(password=None).difference_update_query(secret).render_as_string()
 
 
 def reason_of(error: BaseException) -> str:
@@ -239,7 +252,7 @@ class SharedStudy:
 
     def write_study_file(self) -> None:
         """Write what finds the study again; a password stays out of it."""
-        storage = without_password(self.storage_key, "") if self.storage_key else None
+        storage = without_password(self.storage_key) if self.storage_key else None
         about = {"study": self.name, "metric": self.metric, "storage": storage, "retries": self.retries}
         write_whole(self.folder / STUDY, yaml.safe_dump({**about, "config_dir": self.config_dir}, sort_keys=False))
 
