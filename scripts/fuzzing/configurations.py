@@ -151,5 +151,5 @@ def configuration(words):
         os.chdir(folder)
         patched.callback(os.chdir, here)
         patched.enter_context(patch.object(fit, "fit", prepare_only))
-        patched.enter_context(patch("mnist_cnn.data.datamodule.load", lambda name, root: DIGITS))
+        patched.enter_context(patch("mnist_cnn.data.datamodule.load", lambda *_: DIGITS))
         refusal_allowed(lambda: mnist_cnn.train(words))
