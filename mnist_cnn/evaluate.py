@@ -81,7 +81,8 @@ def load_digits(config: Evaluate, trained_on: Description) -> tuple[Digits, list
     from mnist_cnn.data.datasets import Digits
 
     as_trained = config.data.name == "as_trained"
-    name, test = (trained_on.data.name, trained_on.data.test) if as_trained else (config.data.name, config.data.test)
+    name = trained_on.data.name if as_trained else config.data.name
+    test = trained_on.data.test if name == trained_on.data.name else config.data.test  # what it did not see
     if as_trained and "." in name:  # nothing that a checkpoint names is imported
         raise UserError(f"it was trained on {name}, which is not this package's: name it again by data._target_={name}")
     split = trained_on.data.model_dump(include={"validation", "validation_from", "seed"})

@@ -59,6 +59,13 @@ def export(config: Export) -> Path:
             raise UserError(
                 f"format={config.format} needs the package {error.name}: pip install 'mnist-cnn[export]'"
             ) from None
+        except Exception as error:  # torch's exporters have no common one
+            if not description.architecture.own_modules():
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"format={config.format}: torch cannot export a layer of your own ({reason:.200})"
+            ) from None
         checkpoint = load_classifier(config.checkpoint, "cpu")
         difference = largest_difference(probabilities, lambda digits: checkpoint.logits(digits).softmax(1))
         if not difference <= TOLERANCE:

@@ -33,11 +33,18 @@ def test_a_folder_of_pictures_is_read_once(tmp_path, monkeypatch):
     (tmp_path / "mine" / ".hidden").mkdir()
     train, test, classes = load("folder", tmp_path / "mine", 0.2)
     assert classes == list("0123456789")
-    assert (len(train.labels), len(test.labels)) == (160, 40)
-    assert train.images.shape == (160, 1, 28, 28)
+    assert len(train.labels) + len(test.labels) == 200
+    assert 36 <= len(test.labels) <= 44  # each class is rounded
+    assert train.images.shape[1:] == (1, 28, 28)
     assert train.images.dtype == torch.uint8
     assert in_mnist_form(train.images[0, 0].numpy())
     assert test.labels.bincount(minlength=10).min() >= 3  # stratified
+    (tmp_path / "mine" / "3" / "again.png").write_bytes(next((tmp_path / "mine" / "3").iterdir()).read_bytes())
+    more = load("folder", tmp_path / "mine", 0.2)
+    known = {bytes(image.numpy()) for image in train.images}
+    assert len(more.train.labels) + len(more.test.labels) == 201
+    assert sum(bytes(image.numpy()) in known for image in more.test.images) <= 2  # pictures keep their part
+    (tmp_path / "mine" / "3" / "again.png").unlink()
     monkeypatch.setattr(image_folder, "mnist_form", lambda _: pytest.fail("read again"))
     again = load("folder", tmp_path / "mine", 0.2)
     assert torch.equal(again.train.images, train.images)
@@ -89,9 +96,15 @@ def test_what_is_wrong_in_a_folder_is_named(run, tmp_path):
     said(run("mnist-train", "data=folder", "data.root=nowhere"), "nowhere")
     (tmp_path / "mine" / "a").mkdir(parents=True)
     said(run("mnist-train", "data=folder", "data.root=mine"), "mine has 1 folders of classes", "mine/<class>/*.png")
+    (tmp_path / "both" / "test").mkdir(parents=True)
+    said(run("mnist-train", "data=folder", "data.root=both"), "both has a folder test and none called train")
     written(tmp_path / "mine", slice(0, 60))
     said(run("mnist-train", "data=folder", "data.root=mine"), "mine/a has 0 pictures")
     (tmp_path / "mine" / "a").rmdir()
+    (tmp_path / "mine" / "3" / "gone.png").symlink_to("nowhere.png")
+    said(run("mnist-train", "data=folder", "data.root=mine"), "mine/3/gone.png cannot be read")
+    (tmp_path / "mine" / "3" / "gone.png").unlink()
+    (tmp_path / "mine" / "3" / "._000.png").write_bytes(b"what macOS leaves")
     (tmp_path / "mine" / "5" / "blank.png").write_bytes(b"not a picture")
     said(run("mnist-train", "data=folder", "data.root=mine"), "mine/5/blank.png", "take it out")
 
@@ -106,6 +119,12 @@ def halves():
     images[:, 6:22, 6:22] = numpy.kron(small.images * 15, numpy.ones((2, 2)))
     first = small.target < 5
     return (images[:1500], first[:1500]), (images[1500:], first[1500:]), ["5 to 9", "0 to 4"]
+
+def same():
+    return *halves()[:2], "aa"
+
+def ends():
+    raise SystemExit(0)
 
 def torn():
     return (numpy.zeros((4, 28, 28), numpy.uint8), [0, 1, 2, 9]), (numpy.zeros((4, 28, 28), numpy.uint8), [0] * 4), "ab"
@@ -125,6 +144,8 @@ def test_data_of_ones_own_function(run, tmp_path, monkeypatch):
     own = ("data=mnist", "data._target_=my_digits.halves")
     assert run("mnist-evaluate", f"checkpoint={folder}", *own, "plots=false").status == 0
     said(run("mnist-train", "data._target_=my_digits.torn", *words), "my_digits.torn", "each from 0 to 1")
+    said(run("mnist-train", "data._target_=my_digits.same", *words), "two classes have one name")
+    said(run("mnist-train", "data._target_=my_digits.ends", *words), "my_digits.ends gives no data")
     said(run("mnist-train", "data._target_=my_digit.halves", *words), "my_digit.halves", "No module named")
     said(run("mnist-train", "data._target_=halves", *words), "data.name=halves: expected one of")
 

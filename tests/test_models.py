@@ -190,6 +190,13 @@ class Scale(torch.nn.Module):
     def forward(self, x):
         return x * self.factor
 
+class Narrow(torch.nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+
+    def forward(self, x):
+        return x[:, :, 1:]
+
 class Square(torch.nn.Module):
     def forward(self, x):
         return x * x.sigmoid()
@@ -232,6 +239,8 @@ def test_layers_of_ones_own(run, tmp_path, monkeypatch, digit):
     again = run("mnist-train", "data=digits", "epochs=1", "plots=false", f"initialize={folder}", "modules=[my_layers]")
     assert again.status == 0, again.err
     said(run("mnist-train", "data=digits", words[0].replace("Scale", "Scales")), "my_layers.Scales cannot be made")
+    narrow = "architecture.blocks=[{filters:4,kernel:5,layer:{_target_:my_layers.Narrow}}]"
+    said(run("mnist-train", "data=digits", narrow), "a layer of your own fails, or does not keep the shape")
 
 
 # --- oneDNN's layout and dropout ----------------------------------------------------------------------------

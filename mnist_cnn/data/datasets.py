@@ -83,17 +83,21 @@ def _load_own(name: str) -> DataSet:
     try:
         train, test, classes = getattr(importlib.import_module(module), function)()
         own = DataSet(_digits(*train), _digits(*test), [str(each) for each in classes])
+        if len(set(own.classes)) < len(own.classes):
+            raise ValueError("two classes have one name")
         for images, labels in own[:2]:
-            fit = len(images) == len(labels) and labels.min() >= 0 and labels.max() < len(classes)
+            fit = len(images) == len(labels) > 0 and labels.min() >= 0 and labels.max() < len(classes)
             if images.dtype != torch.uint8 or not fit:
                 raise ValueError(f"expected images uint8 with as many labels, each from 0 to {len(classes) - 1}")
-    except Exception as error:  # whatever the user's function raises
+    except (Exception, SystemExit) as error:  # whatever the user's function raises
         raise UserError(f"data._target_={name} gives no data ({type(error).__name__}: {error})") from None
     return own
 
 
 def _digits(images: Any, labels: Any) -> Digits:
     """Arrays or tensors (N, 28, 28) or (N, 1, 28, 28) and (N,)."""
+    if torch.as_tensor(labels).is_floating_point():
+        raise ValueError("labels are no whole numbers")
     return Digits(torch.as_tensor(images).reshape(-1, 1, IMAGE_SIZE, IMAGE_SIZE), torch.as_tensor(labels).long())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from contextlib import suppress
 from importlib.metadata import version
 from io import BytesIO
@@ -39,13 +40,20 @@ def read_folder(root: Path, test: float) -> tuple[tuple[Part, Part], list[str]]:
     if not root.is_dir():
         raise UserError(f"data.root={root} is no folder: give one with a folder of pictures for each class")
     train = root / "train" if (root / "train").is_dir() else root
+    if train == root and (root / "test").is_dir():
+        raise UserError(f"{root} has a folder test and none called train: give both, or a folder for each class")
     classes = class_folders(train)
     if len(classes) < 2:
         raise UserError(
             f"{train} has {len(classes)} folders of classes: expected two or more, as {train}/<class>/*.png"
         )
     files, labels = labelled(train, classes)
-    if train != root and (root / "test").is_dir():
+    counts = np.bincount(labels, minlength=len(classes))
+    few, own_test = classes[counts.argmin()], train != root and (root / "test").is_dir()
+    if counts.min() < (1 if own_test else 2):
+        remedy = "one" if own_test else "two, one of them to test"
+        raise UserError(f"{train / few} has {counts.min()} pictures: a class needs {remedy}")
+    if own_test:
         if unknown := sorted(set(class_folders(root / "test")) - set(classes)):
             raise UserError(f"{root}/test has the class {unknown[0]}, which {train} has not")
         test_files, test_labels = labelled(root / "test", classes)
@@ -53,18 +61,13 @@ def read_folder(root: Path, test: float) -> tuple[tuple[Part, Part], list[str]]:
             raise UserError(f"{root}/test has no pictures")
         images = in_mnist_form(root, files + test_files)
         return ((images[: len(files)], labels), (images[len(files) :], test_labels)), classes
-    counts = np.bincount(labels, minlength=len(classes))
-    if counts.min() < 2:
-        raise UserError(
-            f"{train}/{classes[counts.argmin()]} has {counts.min()} pictures: a class needs two, one of them to test"
-        )
-    from sklearn.model_selection import train_test_split
-
-    count = min(max(round(test * len(files)), len(classes)), len(files) - len(classes))  # one of each class at least
-    parts = train_test_split(range(len(files)), test_size=count, stratify=labels, random_state=0)
+    # By their names' checksums: a picture's part does not depend on what else is there, but for the counts.
+    order = np.argsort([zlib.crc32(file.relative_to(root).as_posix().encode(errors="replace")) for file in files])
+    held_out = np.zeros(len(files), np.bool_)
+    for label, count in enumerate(counts):
+        held_out[order[labels[order] == label][: min(max(round(test * count), 1), count - 1)]] = True
     images = in_mnist_form(root, files)
-    rest, held_out = ((images[part], labels[part]) for part in parts)
-    return (rest, held_out), classes
+    return ((images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])), classes
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -75,7 +78,11 @@ def labelled(folder: Path, classes: list[str]) -> tuple[list[Path], NDArray[np.i
     """The pictures of each class, in order of name, and their labels (N,)."""
     files, labels = list[Path](), list[int]()
     for label, name in enumerate(classes):
-        found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in ENDINGS)
+        inside = sorted((folder / name).rglob("*"))
+        hidden = [any(part.startswith(".") for part in file.relative_to(folder / name).parts) for file in inside]
+        found = [file for file, away in zip(inside, hidden, strict=True) if file.suffix.lower() in ENDINGS and not away]
+        if gone := [file for file in found if not file.is_file()]:
+            raise UserError(f"{gone[0]} cannot be read: mend it, or take it out of the folder")
         files += found
         labels += [label] * len(found)
     return files, np.array(labels, np.int64)

@@ -234,6 +234,8 @@ def first_network(
     """
     if continued or not config.initialize:  # a continued run has its weights from its own last checkpoint
         network = ConvNet(config.architecture, len(data.classes), data.mean, data.std)
+        if config.architecture.own_modules():
+            try_out(network)
     else:
         # The weights were trained on digits normalised by their own figures, so those stay.
         network, description = rebuild(config.initialize)
@@ -265,6 +267,23 @@ def first_network(
     if config.freeze == "blocks":
         network.blocks.requires_grad_(False)
     return network, config
+
+
+def try_out(network: ConvNet) -> None:
+    """Have layers of the user's own see a digit before training does.
+
+    Raises:
+        UserError: they fail, or change its shape.
+    """
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 1, 28, 28))
+    except Exception as error:  # whatever the user's code raises
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"architecture: a layer of your own fails, or does not keep the shape of its input ({reason:.200})"
+        ) from None
+    network.train()
 
 
 def module_for(config: Train, network: ConvNet) -> DigitClassifier:
