@@ -85,8 +85,8 @@ def load_digits(config: Evaluate, trained_on: Description) -> tuple[Digits, list
     test = trained_on.data.test if name == trained_on.data.name else config.data.test  # what it did not see
     if as_trained and "." in name:  # nothing that a checkpoint names is imported
         raise UserError(f"it was trained on {name}, which is not this package's: name it again by data._target_={name}")
-    split = trained_on.data.model_dump(include={"validation", "validation_from", "seed"})
-    split = split if config.split == "validation" else {"validation": 0}
+    held_out = trained_on.data.model_dump(include={"validation", "validation_from", "seed"})
+    split = held_out if config.split == "validation" else {"validation": 0}
     data = MNISTDataModule(name, config.data.root, test=test, **split)
     data.setup()
     digits, classes = data.test if config.split == "test" else data.validation, data.classes

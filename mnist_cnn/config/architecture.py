@@ -22,13 +22,14 @@ class Layer(NamedTuple):
     parameters: int
 
 
+DOTTED = r"\w+(\.\w+)+"  # module.name, of the user's own
 ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid")
 Own = dict[str, Any]  # a torch module of the user's own: `_target_`, and arguments by name
 
 
 def _own(value: Any) -> Any:
     target = value.get("_target_") if isinstance(value, dict) else None
-    if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
+    if not isinstance(target, str) or not re.fullmatch(DOTTED, target):
         raise ValueError(f"{value!r:.100}: must be a mapping such as {{_target_: my_layers.MyLayer}}")
     return value
 

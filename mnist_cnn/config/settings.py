@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from mnist_cnn.config.architecture import Architecture
+from mnist_cnn.config.architecture import DOTTED, Architecture
 from mnist_cnn.config.schema import Strict, nearest
 
 # In a checkout conf/ stands beside the package; in a wheel it is inside it.
@@ -58,21 +58,12 @@ def _fraction(value: Any) -> Any:
 Fraction = Annotated[int | float, BeforeValidator(_fraction)]  # or a count
 
 
-DATA_NAMES = [
-    "mnist",
-    "fashion_mnist",
-    "kmnist",
-    "qmnist",
-    "emnist_digits",
-    "emnist_letters",
-    "emnist_balanced",
-    "usps",
-]
-DATA_NAMES += ["digits", "folder"]
+EMNIST = ("emnist_digits", "emnist_letters", "emnist_balanced")
+DATA_NAMES = ("mnist", "fashion_mnist", "kmnist", "qmnist", *EMNIST, "usps", "digits", "folder")
 
 
 def _data_name(name: str) -> str:
-    if name not in DATA_NAMES and not re.fullmatch(r"\w+(\.\w+)+", name):  # module.function
+    if name not in DATA_NAMES and not re.fullmatch(DOTTED, name):  # module.function
         raise ValueError(f"data.name={name}: expected one of {', '.join(DATA_NAMES)}{nearest(name, DATA_NAMES)}")
     return name
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH, LOADERS, Digits, load
+from mnist_cnn.config.settings import DATA_NAMES
+from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH, Digits, load
 
 
 class DigitLoader:
@@ -110,8 +111,8 @@ class MNISTDataModule(pl.LightningDataModule):
         seed: int = 1,
     ) -> None:
         super().__init__()
-        if name not in (*LOADERS, "folder") and "." not in name:
-            raise UserError(f"data.name={name}: expected one of {', '.join(LOADERS)}, folder")
+        if name not in DATA_NAMES and "." not in name:
+            raise UserError(f"data.name={name}: expected one of {', '.join(DATA_NAMES)}")
         self.data_name, self.batch_size, self.seed = name, batch_size, seed
         self.root = root or os.environ.get("MNIST_CNN_DATA") or "data"
         self.validation_size, self.validation_from = validation, validation_from

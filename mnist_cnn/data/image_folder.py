@@ -49,10 +49,11 @@ def read_folder(root: Path, test: float) -> tuple[tuple[Part, Part], list[str]]:
         )
     files, labels = labelled(train, classes)
     counts = np.bincount(labels, minlength=len(classes))
-    few, own_test = classes[counts.argmin()], train != root and (root / "test").is_dir()
+    own_test = train != root and (root / "test").is_dir()
     if counts.min() < (1 if own_test else 2):
         remedy = "one" if own_test else "two, one of them to test"
-        raise UserError(f"{train / few} has {counts.min()} pictures: a class needs {remedy}")
+        few = train / classes[counts.argmin()]
+        raise UserError(f"{few} has {counts.min()} pictures: a class needs {remedy}")
     if own_test:
         if unknown := sorted(set(class_folders(root / "test")) - set(classes)):
             raise UserError(f"{root}/test has the class {unknown[0]}, which {train} has not")

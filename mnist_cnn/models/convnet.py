@@ -176,7 +176,6 @@ def _block(channels: int, block: Block) -> nn.Sequential:
         layers.append(nn.BatchNorm2d(block.filters))
     if block.residual:
         layers = [Residual(nn.Sequential(*layers), channels, block)]
-    activation = _activation(block.activation)
     rest: list[nn.Module] = [nn.BatchNorm2d(block.filters)] if block.batch_norm == "after" else []
     if block.layer is not None:
         rest.append(_own(block.layer, block.filters))
@@ -185,7 +184,7 @@ def _block(channels: int, block: Block) -> nn.Sequential:
         # Pooling before relu is the same function, as both keep the order of numbers, and relu then has less to do.
         layers += [*pool, nn.ReLU()]  # not in place: oneDNN's pooling wants its output again
     else:
-        layers += [activation, *rest, *pool]
+        layers += [_activation(block.activation), *rest, *pool]
     if block.dropout:
         layers.append(Dropout(block.dropout))
     return nn.Sequential(*layers)

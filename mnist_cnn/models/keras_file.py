@@ -21,7 +21,8 @@ from mnist_cnn.config.schema import UserError, validated
 Array = NDArray[np.float32]
 MAXIMUM_CONFIG = 2**24  # bytes
 TORCH_EPSILON = 1e-5  # of torch's batch norm
-ACTIVATIONS = {"relu": "relu", "tanh": "tanh", "sigmoid": "sigmoid", "gelu": "gelu", "silu": "silu", "swish": "silu"}
+# By Keras's names; relu is what an architecture has where a layer names none.
+ACTIVATIONS = {"relu": None, "tanh": "tanh", "sigmoid": "sigmoid", "gelu": "gelu", "silu": "silu", "swish": "silu"}
 
 
 class ImportedNetwork(NamedTuple):
@@ -175,7 +176,7 @@ class KerasConverter:
             "BatchNormalization": self._batch_norm,
             "MaxPooling2D": self._pooling,
             "AveragePooling2D": self._pooling,
-            "GlobalAveragePooling2D": self._global_pooling,
+            "GlobalAveragePooling2D": self._pooling,
             "Dropout": self._dropout,
             "Flatten": self._flatten,
             "Dense": self._dense,
@@ -260,24 +261,21 @@ class KerasConverter:
     def _pooling(self, layer: KerasLayer) -> None:
         if self.stage != "blocks" or not self.blocks or self.blocks[-1].keys() & {"pool", "dropout"}:
             self._refuse(layer, "does not follow a convolution")
-        self._require(layer, padding="valid")
-        pool = self._square(layer, "pool_size")
-        if layer.config.get("strides") is not None and self._square(layer, "strides") != pool:
-            self._refuse(layer, "has strides that are not its pool_size")
-        self._pool(layer, pool)
-
-    def _global_pooling(self, layer: KerasLayer) -> None:
-        if self.stage != "blocks" or not self.blocks or self.blocks[-1].keys() & {"pool", "dropout"}:
-            self._refuse(layer, "does not follow a convolution")
-        convolved = [row for row in self._architecture().layers() if row.name == f"convolution {len(self.blocks)}"]
-        self._pool(layer, convolved[0].output[0])
-        self._flatten(layer)
-
-    def _pool(self, layer: KerasLayer, size: int) -> None:
-        self.blocks[-1]["pool"] = size
+        whole = layer.kind == "GlobalAveragePooling2D"
+        if whole:
+            rows = {row.name: row for row in self._architecture().layers()}
+            pool = rows[f"convolution {len(self.blocks)}"].output[0]
+        else:
+            self._require(layer, padding="valid")
+            pool = self._square(layer, "pool_size")
+            if layer.config.get("strides") is not None and self._square(layer, "strides") != pool:
+                self._refuse(layer, "has strides that are not its pool_size")
+        self.blocks[-1]["pool"] = pool
         if layer.kind != "MaxPooling2D":
             self.blocks[-1]["pooling"] = "avg"
             self._require_activation(layer)
+        if whole:
+            self._flatten(layer)
 
     def _dropout(self, layer: KerasLayer) -> None:
         last = self.blocks[-1:] if self.stage == "blocks" or not self.dense else self.dense[-1:]
@@ -312,7 +310,7 @@ class KerasConverter:
             last = self.blocks[-1] if self.stage == "blocks" else self.dense[-1]
             if "pool" in last and activation not in ("relu", "tanh", "sigmoid"):  # those keep the order of numbers
                 self._refuse(layer, "follows its pooling")
-            last |= {"activation": ACTIVATIONS[activation]} if activation != "relu" else {}
+            last["activation"] = ACTIVATIONS[activation]
             self.linear = False
         else:
             self._refuse(layer, f"is {activation!r:.60} there")
@@ -351,7 +349,7 @@ class KerasConverter:
         """Take over a layer's own activation; where it has none, one may follow."""
         activation = layer.config.get("activation")
         if activation in ACTIVATIONS:
-            part |= {"activation": ACTIVATIONS[activation]} if activation != "relu" else {}  # the architecture's
+            part["activation"] = ACTIVATIONS[activation]
         elif activation != "linear" and not (activation == "softmax" and layer.kind == "Dense"):
             self._refuse(layer, f"has activation {activation!r:.60}")
         self.linear = activation not in ACTIVATIONS

@@ -39,9 +39,8 @@ log = logging.getLogger(__name__)
 LOOPBACK = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in (UserError, RunError, NotFiniteError)}
 SECONDS_TO_COME = 600  # within which every machine has joined
-SECONDS_AFTER = (
-    3  # that a rank which lost another waits: torch elastic reports the first to end, which is to be the cause
-)
+# That a rank which lost another waits: torch elastic reports the first to end, and that is to be the cause.
+SECONDS_AFTER = 3
 
 
 def is_data_parallel(config: Train) -> bool:
