@@ -148,8 +148,7 @@ def open_study(settings: SweepSettings, space: Space, name: str) -> SharedStudy:
 def check_machine(settings: SweepSettings) -> None:
     """Have a machine without the data or the device refuse the study, and not fail each of its trials."""
     from mnist_cnn.data.datasets import load
-    from mnist_cnn.models.convnet import find_device
-    from mnist_cnn.training.fit import check_precision
+    from mnist_cnn.models.device import check_precision, find_device
 
     check_precision(settings.accelerator.precision, find_device(settings.accelerator.name))
     load(settings.data.name, settings.data.root, settings.data.test)

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH
 from mnist_cnn.models.checkpoint import Description, find_checkpoint, network_of, read_description, rebuild, trust
-from mnist_cnn.models.convnet import ConvNet, find_device
+from mnist_cnn.models.convnet import ConvNet
+from mnist_cnn.models.device import find_device
 from mnist_cnn.pictures.digit_image import form_for
 from mnist_cnn.pictures.image_files import read_picture
 

@@ -232,19 +232,6 @@ def _glorot_uniform(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def find_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda) means here; auto takes CUDA where there is one.
-
-    Raises:
-        UserError: there is no CUDA device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("accelerator=cuda: torch finds no CUDA device here; use accelerator=cpu or accelerator=auto")
-    return torch.device(name)
-
-
 def summary(network: ConvNet) -> str:
     """A table of layers, output shapes (height, width, filters) and parameters, with their total."""
     rows = network.specification.layers(network.logits.out_features)

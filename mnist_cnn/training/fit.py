@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +26,8 @@ from mnist_cnn.data.datamodule import MNISTDataModule
 from mnist_cnn.inference.classifier import Classifier, load_classifier
 from mnist_cnn.inference.metrics import Scores, score
 from mnist_cnn.models.checkpoint import rebuild, trust
-from mnist_cnn.models.convnet import ConvNet, find_device, summary
+from mnist_cnn.models.convnet import ConvNet, summary
+from mnist_cnn.models.device import check_precision, find_device, keep_memory
 from mnist_cnn.runs.folder import alone_in, describe_run, refuse_occupied, resumed, write_csv, write_whole
 from mnist_cnn.training.callbacks import (
     BEST,
@@ -48,7 +47,6 @@ from mnist_cnn.training.signals import Stopped, StopRequest, stop_on_signal
 
 log = logging.getLogger(__name__)
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 Metrics = dict[str, float | int | None]
@@ -191,37 +189,6 @@ def prepare(config: Train) -> torch.device:
     keep_memory()
     torch.manual_seed(config.seed)
     return device
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse what the device would do, but by emulation, up to hundreds of times slower.
-
-    Raises:
-        UserError: half precision away from CUDA, or bfloat16 on a CPU without instructions for it.
-    """
-    if device.type != "cpu" or precision == "32-true":
-        return
-    if precision == "16-mixed":
-        raise UserError(
-            "accelerator.precision=16-mixed needs CUDA; use 32-true, or bf16-mixed where the CPU has bfloat16"
-        )
-    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 and newer
-        has = torch.cpu.get_capabilities()
-        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    else:  # torch 2.10 has no public way
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if not fast:
-        raise UserError(
-            "accelerator.precision=bf16-mixed: this CPU has no bfloat16 instructions (AVX-512 BF16, AMX or Arm's BF16) "
-            "and would emulate them, far slower; leave accelerator.precision at 32-true"
-        )
-
-
-def keep_memory() -> None:
-    """Have glibc keep what is freed: activations are else given back and faulted in again at every step."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def first_network(

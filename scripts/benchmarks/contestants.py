@@ -37,7 +37,7 @@ def bare(recipe, precision, epochs, *overrides):
     from mnist_cnn.config.settings import CONF, Data
     from mnist_cnn.data.datamodule import MNISTDataModule
     from mnist_cnn.models.convnet import ConvNet
-    from mnist_cnn.training.fit import keep_memory
+    from mnist_cnn.models.device import keep_memory
 
     keep_memory()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.turns import PRECISIONS, RECIPES, ROOT, TURNS
 from mnist_cnn.models.convnet import ConvNet
-from mnist_cnn.training.fit import keep_memory
+from mnist_cnn.models.device import keep_memory
 from mnist_cnn.training.optimizers import KerasAdam
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.training.fit import check_precision
+from mnist_cnn.models.device import check_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = str(Path(os.environ.get("MNIST_CNN_DATA", "data")).absolute())

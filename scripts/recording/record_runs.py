@@ -18,7 +18,8 @@ from mnist_cnn.data.datamodule import MNISTDataModule
 from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH
 from mnist_cnn.inference.classifier import load_classifier, mean_logits
 from mnist_cnn.inference.metrics import fit_temperature, score
-from mnist_cnn.models.convnet import ConvNet, find_device
+from mnist_cnn.models.convnet import ConvNet
+from mnist_cnn.models.device import find_device
 from mnist_cnn.runs.folder import read_run, write_whole
 from mnist_cnn.runs.hydra_app import plain_job
 from mnist_cnn.train import composed_of
