@@ -159,15 +159,15 @@ class Worker:
             folder = self.shared.folder / name
             if not (folder / "config.yaml").exists():
                 break
-        trial.set_user_attr("folder", name)
         folder.mkdir(parents=True, exist_ok=True)
+        trial.set_user_attr("folder", name)
         return folder
 
     def _train(self, trial: Trial, parameters: dict[str, Any]) -> dict[str, Any]:
         """mnist-train in the trial's folder, which it continues where it was begun."""
-        given = self.shared.folder / trial.user_attrs.get("folder", "none")
-        begun = (given / "config.yaml").is_file()
-        folder = given if begun else self._new_folder(trial)
+        given = trial.user_attrs.get("folder")  # of the one that it repeats, too
+        folder = self.shared.folder / given if given else self._new_folder(trial)
+        begun = (folder / "config.yaml").is_file()
         overrides = self.space.overrides(parameters)
         trial.set_user_attr("overrides", overrides)
         settings, choices = compose(overrides, folder)
