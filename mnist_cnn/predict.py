@@ -98,11 +98,12 @@ def refuse_missing(images: list[str]) -> None:
 
 def read_digit(source: PictureSource, form: Callable[[Any], NDArray[np.uint8]], drawing: bool) -> DigitRead:
     """Read a picture and bring it to what the network sees by `form`, or keep the error."""
+    name = source.name.encode(errors="backslashreplace").decode()  # bytes that are no UTF-8 fit into no table
     try:
         picture = source.read()
-        return DigitRead(source.name, form(picture), "", thumbnail(picture) if drawing else None)
+        return DigitRead(name, form(picture), "", thumbnail(picture) if drawing else None)
     except UserError as error:
-        return DigitRead(source.name, None, str(error))
+        return DigitRead(name, None, str(error))
 
 
 def classify_batch(digits: list[DigitRead], classifier: Classifier, top_k: int) -> list[Prediction]:

@@ -19,7 +19,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -82,7 +81,6 @@ def main() -> None:
     run_command(lambda: run_sweep(job), "train")
 
 
-@dataclass(frozen=True, repr=False)
 class Run:
     """A run's folder: what `train` returns. In a notebook it shows its figures and learning curves.
 
@@ -93,7 +91,8 @@ class Run:
         classifier: the tested checkpoint, loaded when it is asked for first.
     """
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     @cached_property
     def metrics(self) -> Metrics:

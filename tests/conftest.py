@@ -1,6 +1,7 @@
 """What the tests share: the shipped configurations, real MNIST where it is, and commands run as a user does."""
 
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ import pytest
 # Before torch is imported: each test at a time on one thread, whatever the machine's cores; small networks gain nothing
 # by more. What several threads change is tested where a test asks for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.set_threshold(50_000, 20, 100)  # each look through all that torch and Lightning bring takes a good part of a second
 
 REPOSITORY = Path(__file__).parents[1]
 CONF = REPOSITORY / "conf"

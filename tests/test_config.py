@@ -270,6 +270,8 @@ def large_npz(path, run_folder):
 
 def spaces(path, run_folder):
     """Search spaces of one line each, as own options of the group sweep."""
+    (path / "experiment").mkdir(parents=True)
+    (path / "experiment" / "mine.yaml").write_text("optimizer: {lr: 0.1}\n")
     number = "{type: float, low: 0.1, high: 0.2}"
     lines = {
         "kind": "optimizer.lr: {type: flaot, low: 1, high: 2}",
@@ -382,6 +384,26 @@ IMAGES, KERAS = "mnist-predict checkpoint=RUN images=", "mnist-import output=x.c
 TRAIN = "mnist-train data=digits epochs=1 plots=false architecture=conv10 "
 SWEEP, OWN = "mnist-sweep sweep=learning_rate data=digits", "mnist-sweep --config-dir spaces data=digits sweep="
 TABLE = [
+    # words of other packages, and what a shell has taken apart
+    (f"{TRAIN} accelerator=gpu", 2, ["accelerator=cuda: torch finds no CUDA device"]),
+    (f"{TRAIN} accelerator=mps", 2, ["accelerator=mps: torch finds no Apple GPU"]),
+    (f"{TRAIN} lr=0.1", 2, ["unknown key lr; did you mean optimizer.lr?"]),
+    (f"{TRAIN} learning_rate=0.1", 2, ["did you mean optimizer.lr?"]),
+    (f"{TRAIN} dropout=0.5", 2, ["did you mean architecture.dense=[{units:64,dropout:0.5}]?"]),
+    (f"{TRAIN} batch_size=8", 2, ["did you mean data.batch_size?"]),
+    (f"{TRAIN} device=cuda", 2, ["did you mean accelerator?"]),
+    (f"{TRAIN} optimizer=Adam", 2, ["did you mean adam?"]),
+    (f"{TRAIN} model=conv10", 2, ["did you mean architecture?"]),
+    (f"{TRAIN} dataset=mnist", 2, ["did you mean data?"]),
+    (f"{TRAIN} max_epochs=3", 2, ["did you mean epochs?"]),
+    (f"{TRAIN} hparams_search=mnist", 2, ["searches are mnist-sweep's"]),
+    (f"{TRAIN} hydra/sweeper=optuna", 2, ["hydra/sweeper=optuna: no such option"]),
+    (f"{TRAIN} architecture.blocks=[filters:3] architecture.blocks=[kernel:3]", 2, ["single quotes"]),
+    (f"{TRAIN} architecture.blocks=[{{filters:", 2, ["single quotes"]),
+    ("mnist-train architecture=mlp architecture.blocks.0.filters=3", 2, ["architecture.blocks has no item 0"]),
+    ("mnist-train --config-dir spaces experiment=mine", 2, ["must be: # @package _global_"]),
+    (f"{TRAIN} hydra.run.dir=/dev/null/run", 2, ["/dev/null/run cannot be written", "hydra.run.dir=FOLDER"]),
+    (f"{EVALUATE}latest", 2, ["checkpoint=latest: there is no finished run"]),
     # mnist-train
     (f"{TRAIN} augmentation.rotation=200", 2, ["augmentation.rotation=200: must be less than or equal to 180"]),
     (f"{TRAIN} augmentation.scale=1", 2, ["augmentation.scale=1: must be less than 1"]),
@@ -546,7 +568,8 @@ TABLE = [
     (f"{EVALUATE}RUN calibrate=true", 2, ["calibrate=true fits on the digits held out: give split=validation"]),
     (f"{EVALUATE}[RUN,RUN] calibrate=true split=validation", 2, ["calibrate=true writes into one checkpoint"]),
     (f"{EVALUATE}RUN probabilities=[360]", 2, ["probabilities=[360]: test has digits 0 to 359"]),
-    (f"{EXPORT}RUN output=x.pt2", 2, ["output=x.pt2: must end in .onnx for format=onnx"]),
+    (f"{EXPORT}RUN output=x.pt2 format=onnx", 2, ["output=x.pt2: must end in .onnx for format=onnx"]),
+    (f"{EXPORT}RUN output=x.pb", 2, ["output=x.pb: must end in .onnx or .pt2 or .safetensors"]),
     # mnist-predict
     (f"{PREDICT}RUN", 2, ["images is missing"]),
     (f"{IMAGES}text.png output=x.txt", 2, ["output=x.txt: must end in .csv or .json or .jsonl or .parquet"]),

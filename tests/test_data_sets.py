@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import said
+from conftest import QUICK, said
 from PIL import Image
 
 from mnist_cnn.data import image_folder
@@ -107,6 +107,13 @@ def test_what_is_wrong_in_a_folder_is_named(run, tmp_path):
     (tmp_path / "mine" / "3" / "._000.png").write_bytes(b"what macOS leaves")
     (tmp_path / "mine" / "5" / "blank.png").write_bytes(b"not a picture")
     said(run("mnist-train", "data=folder", "data.root=mine"), "mine/5/blank.png", "take it out")
+
+
+def test_a_run_is_not_continued_with_other_classes(run, tmp_path):
+    written(tmp_path / "mine", slice(0, 60))
+    folder = run("mnist-train", "data=folder", "data.root=mine", *QUICK[1:]).folder()
+    (tmp_path / "mine" / "3").rename(tmp_path / "mine" / "three")
+    said(run("mnist-train", f"resume={folder}", "epochs=2"), "was trained on the classes 0, 1, 2, 3, 4", "8, 9, three")
 
 
 OWN_DATA = """

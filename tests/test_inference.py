@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -219,6 +221,48 @@ def test_each_kind_of_file_has_one_row_a_picture_in_order(run, trained, folder, 
     assert rows[0]["top 1 label"] == rows[0]["label"]
     assert float(rows[0]["top 1 probability"]) >= float(rows[0]["top 2 probability"])
     assert np.asarray(Image.open(folder / "grid.png").convert("L")).std() > 5
+
+
+def test_a_name_may_have_any_letters_and_signs(run, trained, folder, monkeypatch):
+    (folder / "七 =1.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes((folder / "0.png").read_bytes())
+    (folder / "back\\slash").symlink_to(trained)
+    monkeypatch.setenv("HOME", str(folder))
+    words = ("images='*.png'", "output=数字=1, é.csv", "grid=~/out/图.png")
+    for checkpoint in ("~/back\\slash", "back\\slash"):
+        ended = run("mnist-predict", f"checkpoint={checkpoint}", *words)
+        assert (ended.status, ended.err) == (0, "")
+    rows = list(csv.DictReader((folder / "数字=1, é.csv").open(encoding="utf-8")))
+    assert [row["path"] for row in rows] == ["0.png", "caf\\udce9.png", "七 =1.png"]
+    assert (folder / "out" / "图.png").is_file()
+
+
+def test_a_folders_hidden_files_are_left_out_and_others_counted(run, trained, folder):
+    picture = Image.open(folder / "0.png")
+    for name in ("0.png", "8.jfif", "._0.png", "__MACOSX/1.png", ".ipynb_checkpoints/2.png", "seven.heic", "noending"):
+        place = folder / "photos" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(place, "JPEG" if name == "8.jfif" else "PNG")
+    ended = run("mnist-predict", f"checkpoint={trained}", "images=photos", "output=out.csv")
+    assert ended.status == 0
+    assert ended.err == "warning: 2 files are no pictures by their endings, such as photos/noending\n"
+    assert [row["path"] for row in csv.DictReader((folder / "out.csv").open())] == ["photos/0.png", "photos/8.jfif"]
+
+
+def test_the_terminal_shows_an_error_once(run, trained, folder):
+    (folder / "1.bmp").write_text("not a picture")
+    ended = run("mnist-predict", f"checkpoint={trained}", "images=[0.png,1.bmp]")
+    assert (ended.status, (ended.out + ended.err).count("is not a picture")) == (1, 1)
+
+
+def test_the_latest_finished_run(run, trained, folder):
+    for number, name in enumerate(("train/old", "multirun/sweep/0_new", "train/unfinished")):
+        shutil.copytree(trained, folder / "outputs" / name)
+        os.utime(folder / "outputs" / name / "metrics.json", (number, number))
+    (folder / "outputs" / "train" / "unfinished" / "metrics.json").unlink()
+    (folder / "outputs" / "train" / "old" / "checkpoints" / "best.ckpt").unlink()
+    ended = run("mnist-predict", "checkpoint=latest", "images=0.png")
+    assert (ended.status, ended.err) == (0, "")
 
 
 def test_python_takes_paths_pictures_and_arrays(trained, folder):
@@ -466,7 +510,7 @@ def test_export_gives_the_checkpoints_probabilities(run, trained, folder, kind, 
     if kind == "onnx":
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
-    ended = run("mnist-export", f"checkpoint={trained}", f"format={kind}", f"output=x.{ending}")
+    ended = run("mnist-export", f"checkpoint={trained}", f"output=x.{ending}")
     assert ended.status == 0, ended
     digits = np.load(folder / "all.npy")
     expected = load_classifier(trained).probabilities(digits)

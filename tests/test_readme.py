@@ -350,7 +350,8 @@ def keys() -> set[str]:
             keys |= flat(OmegaConf.to_container(hydra.compose(verb))).keys()
     for group in GROUPS.keys() - {"hydra/launcher", "experiment", "sweep"}:
         for path in GROUPS[group].glob("*.yaml"):
-            keys |= {f"{group}.{key}" for key in option_keys(group, path.stem)}
+            package = f"logger.{path.stem}" if group == "logger" else group
+            keys |= {f"{package}.{key}" for key in option_keys(group, path.stem)}
     return keys | {".".join(key.split(".")[:length]) for key in keys for length in range(1, 1 + key.count("."))}
 
 

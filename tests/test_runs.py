@@ -207,22 +207,27 @@ def test_tensorboard_gets_the_figures(run):
     events.Reload()
     names = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/accuracy"}
     assert names <= set(events.Tags()["scalars"])
-    assert len(events.Scalars("train/loss")) == 2
+    assert len(events.Scalars("train/loss")) == len(events.Scalars("learning_rate")) == 2
+    assert events.Scalars("hp_metric")[-1].value == pytest.approx(metrics(folder)["test/accuracy"])
+    assert yaml.safe_load((folder / "tensorboard" / "hparams.yaml").read_text())["optimizer"]["lr"] == 0.001
 
 
-def test_mlflow_gets_the_figures(run):
+def test_mlflow_gets_the_figures_where_its_own_variable_says_beside_another_logger(run, monkeypatch, tmp_path):
     import mlflow
 
-    folder = run("mnist-train", *QUICK, "logger=mlflow").folder()
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mine.db")
+    folder = run("mnist-train", *QUICK, "logger=[mlflow,tensorboard]").folder()
+    assert list((folder / "tensorboard").glob("events*"))
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mine.db")
     experiment = client.get_experiment_by_name("mnist_cnn")
     (logged,) = client.search_runs([experiment.experiment_id])
     assert logged.data.metrics["test/accuracy"] == metrics(folder)["test/accuracy"]
+    assert logged.data.params["optimizer/lr"] == "0.001"
 
 
 def test_wandb_offline_gets_the_figures(run, monkeypatch):
     monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # seconds for its own process to start
-    ended = run("mnist-train", *QUICK, "logger=wandb", "logger.offline=true")
+    ended = run("mnist-train", *QUICK, "logger=wandb", "logger.wandb.offline=true")
     assert ended.status == 0
     assert list(ended.folder().glob("wandb/offline-run-*/*.wandb"))
 
@@ -338,6 +343,35 @@ def test_train_is_a_function_whatever_was_imported_first(order):
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], check=True)
 
 
+def test_any_terminal_will_do(start, trained, tmp_path, digit):
+    """One that has few letters; no stderr, as of a service; a notebook's backend, as `!mnist-predict` has it."""
+    (tmp_path / "七.png").write_bytes(digit.read_bytes())
+    closed = "import os, sys; os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    few = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://matplotlib_inline.nowhere"}
+    words = ("-m", "mnist_cnn.predict", f"checkpoint={trained}", "images=七.png", "grid=grid.png")
+    ended = outcome(start("-c", closed, *words, env=few))
+    assert ended.status == 0
+    assert "\\u4e03.png" in ended.out
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_one_dense_layer_needs_no_brackets(run):
+    ended = run("mnist-train", *QUICK, "architecture.dense=16", "trainer.fast_dev_run=true")
+    assert ended.status == 0
+    assert "dense 1                   (16,)" in ended.out
+
+
+def test_an_interrupt_while_torch_is_imported_leaves_nothing(run, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mnist_cnn.training.fit.fit", interrupted)
+    ended = run("mnist-train", *QUICK)
+    assert (ended.status, ended.err) == (130, "stopped by SIGINT\n")
+    assert not list(tmp_path.rglob("train.log"))
+    assert not list(tmp_path.glob("outputs/train/*"))
+
+
 # --- Hydra's own powers ------------------------------------------------------------------------------------
 
 
@@ -348,6 +382,22 @@ def test_help_is_ours_and_imports_no_torch(verb, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert f"mnist-{verb}" in ended.stdout
     assert verb == "export" or "accelerator: auto, cpu, cuda" in ended.stdout
+    groups, keys = re.fullmatch(r".*?(Groups .*?)?\n(Keys .*?)\n\n.*", ended.stdout, flags=re.DOTALL).groups()
+    assert verb in ("train", "sweep") or "optimizer" not in (groups or "")
+    for line in keys.splitlines()[1:]:  # each key with its value, and what it is
+        assert verb == "sweep" or re.fullmatch(r"  [\w.]+=\S* +\S.*", line) or re.search(r"[.]\w+=\S*$", line), line
+
+
+def test_help_explains_each_key_with_the_overrides_at_hand(run):
+    shown = run("mnist-train", "--help", "optimizer=muon", "logger=tensorboard").out
+    for key in ("optimizer.lr_rest=0.002", "logger.tensorboard.name=tensorboard", "data.batch_size=64", "epochs="):
+        assert re.search(rf"^  {key}\S* +[\w]+", shown, flags=re.MULTILINE), key
+    said(run("mnist-train", "--help", "optimiser=sgd"), "did you mean optimizer?")
+
+
+def test_the_version_is_that_of_all_that_matters(run):
+    shown = run("mnist-predict", "--version").out
+    assert all(f"{name} " in shown for name in ("mnist-cnn", "torch", "pytorch-lightning", "hydra-core"))
 
 
 def test_cfg_job_prints_the_configuration(run, tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,11 @@ def test_a_sweep_ends_with_a_table_best_first_by_validation(run, tmp_path):
     (file,) = tmp_path.glob("outputs/multirun/*/results.csv")
     rows = list(csv.DictReader(file.open()))
     assert len(rows) == 4
-    assert set(rows[0]) == {"job", "overrides", "val/accuracy", "test/accuracy", "fit_seconds", "error"}
+    figures = {"job", "overrides", "val/accuracy", "test/accuracy", "fit_seconds", "error"}
+    assert set(rows[0]) >= figures | {"optimizer.lr", "seed"}
+    assert {row["optimizer.lr"] for row in rows} == {"1e-05", "0.01"}
+    best = [100 * float(row["test/accuracy"]) for row in rows if row["optimizer.lr"] == "0.01"]
+    assert f"test {statistics.mean(best):.2f} ± {statistics.stdev(best):.2f} % (2 seeds)" in ended.out
     order = [float(row["val/accuracy"]) for row in rows]
     assert order == sorted(order, reverse=True)
     assert "optimizer.lr=0.01" in rows[0]["overrides"]

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import yaml
 from conftest import ARCHITECTURES, CONF, STEPS, TUTORIALS, metrics, same, weights
 from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
@@ -45,6 +46,8 @@ def test_every_recipe_trains_a_step(run, name):
     assert epochs(ended.folder())[0]["step"] == "1"
     assert figures["tested_epoch"] == 1
     assert figures["val/accuracy"] is None or name == "conv64_128"
+    warped = yaml.safe_load((ended.folder() / "config.yaml").read_text())["augmentation"].values()
+    assert any(warped) is (name in ("speed_99_5", "speed_99_7", "record_single", "record_ensemble"))  # not by the data
     header = (CONF / "experiment" / f"{name}.yaml").read_text()
     assert re.search(r"# Measured: test accuracy 9\d\.\d+ ± \d\.\d+ % \(mean ± sd of \d+", header)
 

@@ -118,11 +118,16 @@ def _units(value: Any) -> Any:
     raise ValueError(f"{value!r} must be a number of units such as 128, or {{units:128,dropout:0.5}}")
 
 
+def _listed(value: Any) -> Any:
+    """One dense layer needs no brackets."""
+    return value if isinstance(value, list) else [value]
+
+
 class Architecture(Strict):
     """A network's plain specification; `activation` and `pooling` are those of blocks and layers that name none."""
 
     blocks: list[Block] = Field(max_length=32)
-    dense: list[Annotated[Dense, BeforeValidator(_units)]] = Field(max_length=32)
+    dense: Annotated[list[Annotated[Dense, BeforeValidator(_units)]], BeforeValidator(_listed)] = Field(max_length=32)
     activation: Activation = "relu"
     pooling: Pooling = "max"
     initialization: Literal["keras", "torch"] = "keras"

@@ -82,26 +82,7 @@ def _own_name(data: Any) -> Any:
 def _given(root: Any) -> Any:
     if root is None:
         raise ValueError("data.root is missing; give data.root=FOLDER")
-    return root
-
-
-class Data(Strict):
-    name: DataName
-    root: Annotated[NonEmpty, BeforeValidator(_given)]
-    batch_size: int = Field(ge=1, le=60_000)
-    validation: Fraction
-    validation_from: Literal["last", "random"]
-    normalization: Literal["unit", "standard"]
-    test: float | None = Field(default=None, gt=0, lt=1)  # of a folder without a test part
-    epochs: int | None = Field(default=None, ge=1, exclude=True)  # taken over by the run's own, which may differ
-
-    @model_validator(mode="after")
-    def _test_of_a_folder(self) -> Data:
-        if self.test and self.name != "folder":
-            raise ValueError(
-                f"data.test={self.test}: {self.name} has a test part of its own; only data=folder takes one"
-            )
-        return self
+    return str(Path(root).expanduser()) if isinstance(root, str) and root.startswith("~") else root
 
 
 class Augmentation(Strict):
@@ -116,8 +97,29 @@ class Augmentation(Strict):
         return any(self.model_dump().values())
 
 
+class Data(Strict):
+    name: DataName
+    root: Annotated[NonEmpty, BeforeValidator(_given)]
+    batch_size: int = Field(ge=1, le=60_000)
+    validation: Fraction
+    validation_from: Literal["last", "random"]
+    normalization: Literal["unit", "standard"]
+    test: float | None = Field(default=None, gt=0, lt=1)  # of a folder without a test part
+    # Taken over by the run's own, which may differ.
+    epochs: int | None = Field(default=None, ge=1, exclude=True)
+    augmentation: Augmentation | None = Field(default=None, exclude=True)
+
+    @model_validator(mode="after")
+    def _test_of_a_folder(self) -> Data:
+        if self.test and self.name != "folder":
+            raise ValueError(
+                f"data.test={self.test}: {self.name} has a test part of its own; only data=folder takes one"
+            )
+        return self
+
+
 class Accelerator(Strict):
-    name: Literal["cpu", "cuda", "auto"]
+    name: Literal["cpu", "cuda", "mps", "auto"]
     precision: Literal["32-true"] = "32-true"  # of a trained network
     threads: int | None = Field(default=None, ge=1, le=1024)
     devices: Literal[1] = 1
@@ -196,7 +198,7 @@ class Train(Strict):
     schedule: Schedule
     accelerator: TrainingAccelerator
     data: Annotated[Data, BeforeValidator(_own_name)]
-    logger: Instantiable | None
+    logger: dict[str, Instantiable] | None  # by their names
     # Flags of pl.Trainer; conf/trainer/default.yaml has them.
     trainer: Annotated[Instantiable, AfterValidator(_trainer)] = Field(default_factory=dict)
     callbacks: dict[str, Instantiable] = Field(default_factory=dict)
@@ -217,6 +219,13 @@ class Train(Strict):
     fail_fast: bool = False
     multirun: Multirun = Multirun()
     modules: list[NonEmpty] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _experiment_is_global(cls, config: Any) -> Any:
+        if isinstance(config, dict) and isinstance(config.get("experiment"), dict):
+            raise ValueError("experiment: the first line of its file must be: # @package _global_")
+        return config
 
 
 def _one_or_many(value: Any) -> Any:
@@ -295,17 +304,27 @@ class Predict(Strict):
         return self
 
 
+FORMATS = {".onnx": "onnx", ".pt2": "torch_export", ".safetensors": "safetensors"}  # by a file's ending
+
+
 class Export(Strict):
     """The configuration of mnist-export; conf/export.yaml describes each key."""
 
     checkpoint: NonEmpty
     format: Literal["onnx", "torch_export", "safetensors"]
-    output: NonEmpty
+    output: Annotated[str, _ending("output", *FORMATS)]
     modules: list[NonEmpty]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_its_ending(cls, config: Any) -> Any:
+        if isinstance(config, dict) and config.get("format") is None:
+            config = {**config, "format": FORMATS.get(Path(str(config.get("output"))).suffix, "onnx")}
+        return config
 
     @model_validator(mode="after")
     def _named_after_its_format(self) -> Export:
-        ending = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}[self.format]
+        ending = next(ending for ending, name in FORMATS.items() if name == self.format)
         if Path(self.output).suffix != ending:
             raise ValueError(f"output={self.output}: must end in {ending} for format={self.format}")
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -114,7 +115,7 @@ class MNISTDataModule(pl.LightningDataModule):
         if name not in DATA_NAMES and "." not in name:
             raise UserError(f"data.name={name}: expected one of {', '.join(DATA_NAMES)}")
         self.data_name, self.batch_size, self.seed = name, batch_size, seed
-        self.root = root or os.environ.get("MNIST_CNN_DATA") or "data"
+        self.root = Path(root or os.environ.get("MNIST_CNN_DATA") or "data").expanduser()
         self.validation_size, self.validation_from = validation, validation_from
         self.normalization, self.test_fraction = normalization, test
         self._ready = False

@@ -184,7 +184,7 @@ def load_classifier(
     tta: Literal[1, 5, 9] = 1,
     modules: Sequence[str] = (),
 ) -> Classifier:
-    """A checkpoint to a `Classifier` on `device` (auto, cpu, cuda).
+    """A checkpoint to a `Classifier` on `device` (auto, cpu, cuda, mps).
 
     Args:
         path: a .ckpt file, a run's folder (its best), an exported .onnx or .safetensors file; or a list of them,

@@ -205,7 +205,8 @@ def feature_maps(network: ConvNet, image: Tensor, label: str, folder: Path) -> N
         shown = maps[0, :64].cpu().numpy()
         count, size = maps.shape[1], "×".join(map(str, shown.shape[1:]))
         part = f"{count} maps" if count == len(shown) else f"the first {len(shown)} of {count} maps"
-        title = f"Block {number}: {part} of {size}, after ReLU, before pooling; dark is strong, each map scaled alone"
+        which = "after the activation, before pooling"
+        title = f"Block {number}: {part} of {size}, {which}; dark is strong, each map scaled alone"
         digit = image[0].numpy().astype(np.float32)
         images = [digit, *shown]
         names = [f"digit {label}", *(f"filter {index}" for index in range(1, len(shown) + 1))]

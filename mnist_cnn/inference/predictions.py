@@ -60,7 +60,7 @@ class TerminalTable:
 
     def _line(self, row: Prediction) -> str:
         if row["error"] is not None:
-            return f"{row['path']:<{self.width}}  –      {row['error']}"
+            return f"{row['path']:<{self.width}}  –"  # stderr has the reason
         each = "".join(f" {value:.4f}" for key, value in row.items() if key.startswith("probability "))
         labels = [value for key, value in row.items() if key.startswith("top ") and key.endswith("label")]
         values = [value for key, value in row.items() if key.startswith("top ") and key.endswith("probability")]

@@ -51,10 +51,10 @@ class Description(Strict):
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A `.ckpt` file as it is, or the best checkpoint of a run's folder."""
+    """A `.ckpt` file as it is, or the best checkpoint of a run's folder or of `latest`."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise UserError(f"checkpoint={path} is an address: nothing is fetched; download the file and give its path")
-    path = Path(path)
+    path = latest_run() if str(path) == "latest" else Path(path)
     if path.is_dir():
         best = path / "checkpoints" / "best.ckpt"
         if not best.is_file():
@@ -63,6 +63,14 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: give a .ckpt file or a run's folder")
     return path
+
+
+def latest_run() -> Path:
+    """The folder of the run below outputs/ that has finished last: `checkpoint=latest`."""
+    finished = [file for part in ("train/*", "multirun/*/*") for file in Path("outputs").glob(f"{part}/metrics.json")]
+    if not finished:
+        raise UserError("checkpoint=latest: there is no finished run below outputs/ here; name a run's folder")
+    return max(finished, key=lambda file: file.stat().st_mtime).parent
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Description]:

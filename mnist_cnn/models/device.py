@@ -13,15 +13,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda) means here; auto takes CUDA where there is one.
+    """The device that `name` (auto, cpu, cuda, mps) means here; auto takes CUDA where there is one.
 
     Raises:
-        UserError: there is no CUDA device.
+        UserError: there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("accelerator=cuda: torch finds no CUDA device here; use accelerator=cpu or accelerator=auto")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("accelerator=mps: torch finds no Apple GPU here; use accelerator=cpu or accelerator=auto")
     return torch.device(name)
 
 

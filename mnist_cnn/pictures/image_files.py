@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import logging
 import math
 import os
 import sys
@@ -17,13 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.pictures.digit_image import MAXIMUM_PIXELS, first_line
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-FORMATS = ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"]
+log = logging.getLogger(__name__)
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"}
+FORMATS = ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", *(["AVIF"] if features.check("avif") else [])]
 ARRAY_ENDINGS = {".npy", ".npz"}
 # Larger pictures are averaged down, so that none takes gigabytes; a page of A4 at 300 dpi has 8.7 million.
 REDUCED_ABOVE, REDUCED_ABOVE_IF_TRANSPARENT = 12_000_000, 4_000_000  # pixels
@@ -90,15 +93,22 @@ def _in_list(lines: Iterable[str]) -> Iterator[PictureSource]:
 
 
 def _in_folder(folder: str) -> Iterator[PictureSource]:
-    found = sorted(
-        os.path.join(parent, name)  # noqa: PTH118 — making a Path takes longer than reading a small picture
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if os.path.splitext(name)[1].lower() in ENDINGS  # noqa: PTH122
-    )
+    found, others = list[str](), list[str]()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        for name in names:
+            if name[0] != ".":
+                picture = os.path.splitext(name)[1].lower() in ENDINGS  # noqa: PTH122
+                # Making a Path takes longer than reading a small picture.
+                (found if picture else others).append(os.path.join(parent, name))  # noqa: PTH118
+    if others:
+        left_out = f"1 file is no picture by its ending: {others[0]}"
+        if len(others) > 1:
+            left_out = f"{len(others)} files are no pictures by their endings, such as {min(others)}"
+        log.warning("warning: %s", left_out)
     if not found:
         raise UserError(f"{folder} holds no picture: expected files such as *.png")
-    for path in found:
+    for path in sorted(found):
         yield PictureSource(path, partial(read_picture, path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ PACKAGES = ("mnist-cnn", "torch", "torchvision", "pytorch-lightning", "hydra-cor
 OLDEST = (0, 2)  # the first version whose runs and sweeps can be continued
 TEMPORARY = re.compile(r"\.mnist_cnn-[0-9a-f]{8}-.+")
 LOCK = ".lock"
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
 
 
 # --- whole files -------------------------------------------------------------------------------------------
@@ -179,6 +181,12 @@ def claim(folder: Path, by_user: bool = False, check: Callable[[Path], None] = r
             if candidate.exists() and not candidate.is_dir():
                 raise
             created = False
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise UserError(
+                f"{candidate} cannot be written ({error.strerror}): choose another folder by hydra.run.dir=FOLDER"
+            ) from None
         if not created and not by_user:
             attempt += 1
             continue

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import hydra
-from hydra._internal.config_repository import ConfigRepository  # see run_command: Hydra has no public way there
 from hydra._internal.utils import get_args_parser  # Hydra's own flags: there is no public parser of them
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -30,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_cnn.config.schema import RunError, Strict, UserError, nearest, validated
 from mnist_cnn.config.settings import CONF, OWNED_TRAINER_KEYS, Evaluate, Export, Import, Predict, Train
 from mnist_cnn.config.study_settings import SweepSettings
-from mnist_cnn.runs.folder import claim, discard, read_run, release_all, write_whole
+from mnist_cnn.runs.folder import claim, discard, override_key, read_run, release_all, versions, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +43,23 @@ SCHEMAS: dict[str, type[Strict]] = {
     "sweep": SweepSettings,
 }
 PATHS = {"checkpoint", "images", "initialize", "resume", "multirun.resume", "data.root"}
-PATHS |= {"hydra.run.dir", "hydra.sweep.dir"}
+NEW_PATHS = {"output", "grid", "folder", "keras", "hydra.run.dir", "hydra.sweep.dir"}  # they need not be there yet
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # no fault of the user's input
+# Words that other packages have for it.
+MEANT = {
+    "lr": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "dropout": "architecture.dense=[{units:64,dropout:0.5}]",
+    "batch_size": "data.batch_size",
+    "device": "accelerator",
+    "devices": "accelerator.devices",
+    "gpus": "accelerator.devices",
+    "trainer.gpus": "accelerator.devices",
+    "model": "architecture",
+    "dataset": "data",
+    "max_epochs": "epochs",
+    "ckpt_path": "resume",
+}
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # of a log in a file, as in conf/base.yaml
@@ -98,12 +112,17 @@ def in_one_line(error: Exception, config_name: str) -> str:
         # The address is not repeated: it may hold a password.
         return "storage: expected storage='\"ADDRESS\"', as it has characters that are special to Hydra"
     if isinstance(error, OverrideParseException):
+        if (torn := str(error.override)).count("[") != torn.count("]") or torn.count("{") != torn.count("}"):
+            return f"{torn}: the shell has taken it apart: put the whole of key=value in single quotes"
         reason = next(line for line in text.splitlines() if line.strip()).removeprefix("LexerNoViableAltException: ")
         return f"{error.override}: expected key=value; quote what is special to Hydra, as in 'key=\"a b\"' ({reason})"
     if text.startswith("Config group override"):
         return f"a group takes the name of one of its options, such as architecture=conv10 ({text.splitlines()[0]})"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else text
+    if match := re.match(r"Error merging override (\S+?)([.][0-9]+)?([.][^.=]+)?=", text):
+        what = f"{match[1]} has no item {match[2][1:]}" if match[2] else "it does not fit what is there"
+        return f"{text.removeprefix('Error merging override ')}: {what}"
     if match := re.match(r"Could not append to config. An item is already at '(.+)'", text):
         return f"+{match[1]} adds a key that is there already; set it with {match[1]}=…"
     if match := re.match(
@@ -117,6 +136,8 @@ def in_one_line(error: Exception, config_name: str) -> str:
 
 
 def _unknown_key(key: str, config_name: str) -> str:
+    if key == "hparams_search":
+        return f"unknown key {key}: searches are mnist-sweep's, as mnist-sweep sweep=learning_rate"
     group, _, flag = key.partition(".")
     if group == "trainer" and flag in OWNED_TRAINER_KEYS:
         return f"{key} is set by the run itself; {OWNED_TRAINER_KEYS[flag]}"
@@ -125,7 +146,10 @@ def _unknown_key(key: str, config_name: str) -> str:
     within_command = GlobalHydra.instance().is_initialized()
     with nullcontext() if within_command else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         known = OmegaConf.to_container(hydra.compose(config_name))
-    return f"unknown key {key}{nearest(key, _keys(known))}"
+    keys = set(_keys(known))
+    if (meant := MEANT.get(key)) and meant.partition(".")[0] in keys:
+        return f"unknown key {key}; did you mean {meant}?"
+    return f"unknown key {key}{nearest(key, keys)}"
 
 
 def _keys(config: Any, prefix: str = "") -> Iterable[str]:
@@ -224,6 +248,10 @@ def guarded(work: Callable[[], Any], folder: Path, fail_fast: bool = False) -> A
         status, reason = 1, str(error)
     except OSError as error:
         status, reason = 1, in_one_line(error, "train")
+    except KeyboardInterrupt:  # while torch is imported: from then on a run saves at it
+        discard(folder)
+        print("stopped by SIGINT", file=sys.stderr)
+        raise SystemExit(130) from None
     except SystemExit as ended:
         discard(folder)
         # In a worker a signal ends this job alone, to be resumed; SLURM has to see it, as it may queue the job anew.
@@ -249,19 +277,36 @@ def guarded(work: Callable[[], Any], folder: Path, fail_fast: bool = False) -> A
 # --- a command ---------------------------------------------------------------------------------------------
 
 
+def text(value: Any) -> str:
+    """A value as an override writes it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{text(each)}' for key, each in value.items())}}}"
+    return str(value)
+
+
 def literal(key: str, value: str) -> str:
     """An override by which Hydra takes every character of `value` as it is."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    # Of a backslash Hydra takes another meaning before a quote only.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"{key}='{escaped}'"
 
 
 def _literal_paths(arguments: list[str]) -> list[str]:
-    """Quote values that name an existing path, so that spaces, commas and `=` in it mean themselves."""
+    """Quote paths, so that spaces, commas, `=` and letters of any script in them mean themselves; `~` is the home."""
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if key in PATHS | NEW_PATHS and (value == "~" or value.startswith("~/")):
+            value = str(Path(value).expanduser())
+            argument = f"{key}={value}"
         odd = key in PATHS or re.search(r"[^\w./+:-]", value)
-        if equals and odd and not key.startswith("-") and value and os.path.exists(value):  # noqa: PTH110
+        there = odd and not key.startswith("-") and os.path.exists(value)  # noqa: PTH110
+        new = key in NEW_PATHS and value[:1] not in ("'", '"', "[") and value != "null" and "${" not in value
+        if equals and value and (there or new):
             argument = literal(key, value)
         quoted.append(argument)
     return quoted
@@ -289,15 +334,40 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     """Run a `@hydra.main` task as a command: `task` ends by SystemExit or returns for status 0."""
     # Before torch is imported: threads that spin while they wait take the cores from whoever else has work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ["MPLBACKEND"] = (
+        "agg"  # pictures go to files; a notebook's own backend is not there for its `!mnist-train`
+    )
+    if sys.stdin is not None and hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # paths, which may be no UTF-8
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as services do
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # no name of a file or a class is lost for its letters
     words = _literal_paths(sys.argv[1:])
+    if "--version" in words:
+        print(", ".join(f"{name} {number}" for name, number in versions().items()))
+        raise SystemExit(0)
     known = parsed(words)
+    given = [override_key(word) for word in known.overrides]
+    for key, word in zip(given, known.overrides, strict=True):
+        if given.count(key) > 1 and re.search(r"=.*[\[{].*:", word):  # as bash makes of [{filters:32,kernel:3}]
+            refuse(f"{word}: the shell has taken it apart: put the whole of {key}=… in single quotes")
     # argparse takes overrides in one place only; users write flags anywhere between them.
     sys.argv[1:] = [word for word in words if word not in known.overrides] + known.overrides
     # Hydra hands its errors on only in this mode; a user who asks for it gets the traceback as well.
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if known.help:  # Hydra would copy all its sources for each group that it lists: half of the time
-        ConfigRepository.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+    if known.help:
+        from mnist_cnn.runs.help import help_text
+
+        try:
+            shown = help_text(config_name, known.overrides, known.config_dir)
+        except Exception as error:  # a wrong override: Hydra has no common one
+            refuse(in_one_line(error, config_name))
+        Console().handle(logging.makeLogRecord({"msg": shown, "levelno": logging.INFO}))
+        raise SystemExit(0)
     logging.raiseExceptions = False  # a log that finds no room on the disk prints no traceback
     try:
         task()

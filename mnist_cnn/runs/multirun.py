@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -28,12 +29,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs import hydra_app
-from mnist_cnn.runs.folder import claim, release, write_csv
+from mnist_cnn.runs.folder import claim, override_key, release, write_csv
 from mnist_cnn.runs.hydra_app import chosen, in_one_line, job_title, literal, plain_job, refuse
 from mnist_cnn.runs.machine import GPUS, cores, visible_gpus
 from mnist_cnn.runs.sweep_record import RECORD, Job, continued, job_overrides, require_same, write_record
 
 log = logging.getLogger(__name__)
+
+ACCURACIES = {"validation": "val/accuracy", "test": "test/accuracy"}
 
 
 @dataclass
@@ -260,13 +263,14 @@ def conclude(sweep: Sweep) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "job": str(job.folder.relative_to(sweep.folder)),
             "overrides": " ".join(job_overrides(job.overrides)),
+            **{override_key(word): word.partition("=")[2] for word in job_overrides(job.overrides)},
         }
         row |= {key: metrics.get(key) for key in ("val/accuracy", "test/accuracy", "fit_seconds")}
         rows.append({**row, "error": "" if finished else failure(job.folder) or how})
     if rows:
         rows.sort(key=lambda row: -(row["val/accuracy"] or 0.0))  # without validation in the order of the jobs
         write_csv(sweep.folder / "results.csv", rows)
-        log.info("%s\n%s", results_table(rows), sweep.folder / "results.csv")
+        log.info("%s\n%s%s", results_table(rows), over_seeds(rows), sweep.folder / "results.csv")
     return rows
 
 
@@ -282,6 +286,22 @@ def results_table(rows: list[dict[str, Any]]) -> str:
         note = {"": "", "interrupted": "  interrupted"}.get(row["error"], f"  failed: {row['error']}")
         lines.append(f"{row['overrides']:<{width}}  {figures}{note}")
     return "\n".join(lines)
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> str:
+    """A line for each set of overrides that several seeds share: mean ± sd of their accuracies."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if not row["error"]:
+            others = [word for word in row["overrides"].split() if override_key(word) != "seed"]
+            groups.setdefault(" ".join(others), []).append(row)
+    lines = []
+    for overrides, group in groups.items():
+        figures = {name: [100 * row[key] for row in group if row[key]] for name, key in ACCURACIES.items()}
+        shown = [f"{name} {mean(f):.2f} ± {stdev(f):.2f} %" for name, f in figures.items() if len(f) == len(group) > 1]
+        if shown:
+            lines.append(f"{overrides}  {', '.join(shown)} ({len(group)} seeds)\n".lstrip())
+    return "".join(lines)
 
 
 def report_stop(sweep: Sweep) -> None:

@@ -58,10 +58,11 @@ def write_page(study: optuna.Study, name: str, title: str, about: str, why: str,
     """The plots to point at and zoom in; `why` there are no importances, or nothing."""
     from optuna import visualization
 
+    axis = {"type": "log", "dtick": "D2", "tickformat": ".2~%" if "error" in name else ".2~g"}
     figures = [
-        visualization.plot_optimization_history(study, target_name=name).update_yaxes(type="log"),
+        visualization.plot_optimization_history(study, target_name=name).update_yaxes(axis),
         visualization.plot_parallel_coordinate(study, target=_log10, target_name=f"log10 of {name}"),
-        visualization.plot_slice(study, target_name=name).update_yaxes(type="log"),
+        visualization.plot_slice(study, target_name=name).update_yaxes(axis),
     ]
     if not why:
         figures.append(visualization.plot_param_importances(study, target_name=name))
@@ -71,7 +72,7 @@ def write_page(study: optuna.Study, name: str, title: str, about: str, why: str,
         parts.append(figure.to_html(full_html=False, include_plotlyjs=not number, config={"displaylogo": False}))
     if why:
         parts.append(f"<p>No importances of the parameters: {html.escape(why)}</p>")
-    style = "body{font-family:sans-serif;max-width:1300px;margin:2em auto} h1{font-size:1.4em}"
+    style = "body{font-family:sans-serif;max-width:1300px;margin:2em auto;padding:0 1em} h1{font-size:1.4em}"
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
     body = "\n".join(parts)
     write_whole(file, f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n')

@@ -16,7 +16,7 @@ from mnist_cnn.config.schema import UserError, nearest, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.config.study_settings import Choices, FloatRange, IntRange, SweepSettings
 from mnist_cnn.runs.folder import override_key
-from mnist_cnn.runs.hydra_app import folder_name, in_one_line, literal, plain_job
+from mnist_cnn.runs.hydra_app import folder_name, in_one_line, literal, plain_job, text
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -58,17 +58,6 @@ def compose(overrides: list[str], folder: Path = Path(), config_dir: str | None 
         raise
     except Exception as error:  # Hydra has no common one for a wrong override
         raise UserError(in_one_line(error, "train")) from None
-
-
-def text(value: Any) -> str:
-    """A value as an override writes it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(text, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{text(each)}' for key, each in value.items())}}}"
-    return str(value)
 
 
 def override(key: str, value: Any) -> str:

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.profilers import PassThroughProfiler
+from torch import Tensor
 from tqdm import tqdm
 
 from mnist_cnn.config.schema import UserError, nearest
@@ -52,7 +53,9 @@ class Unprofiled(PassThroughProfiler):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """best.ckpt at each epoch's end where `monitor` is higher than ever before; without one, at each epoch's end.
+    """best.ckpt at each epoch's end where `monitor` is as high as ever; without one, at each epoch's end.
+
+    Of epochs that are equally good the last is kept: with a hundred validation digits there are many.
 
     Its state is the best score alone: Lightning's has absolute paths, and a run that was moved would lose the score.
     """
@@ -70,6 +73,10 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        best = self.best_model_score
+        return current is not None and (best is None or bool(current >= best))
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best_model_score if self.monitor else None}
@@ -151,11 +158,12 @@ def _any_rank(trainer: pl.Trainer, wish: bool) -> bool:
     return wish if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(wish, all=False)
 
 
-def find_last_checkpoint(folder: Path, config: Train) -> Path | None:
+def find_last_checkpoint(folder: Path, config: Train, classes: list[str]) -> Path | None:
     """The newest checkpoint of a run from which it can go on; None where it begins again.
 
     Raises:
-        UserError: it is of another network, other data or another seed than `config`, which someone has changed.
+        UserError: it is of another network, other data or another seed than `config`, which someone has changed; or of
+            other classes than the data have now.
     """
     for name in (LAST, BEST):
         path = folder / "checkpoints" / name
@@ -176,6 +184,9 @@ def find_last_checkpoint(folder: Path, config: Train) -> Path | None:
         ours = {**settings["data"], "architecture": settings["architecture"], "seed": settings["seed"]}
         if differing := [key for key, value in theirs.items() if value != ours[key]]:
             raise UserError(f"{folder / 'config.yaml'} was changed: its {', '.join(differing)} is not that of {path}")
+        if description.classes != classes:
+            had, have = (", ".join(names) for names in (description.classes, classes))
+            raise UserError(f"{folder} was trained on the classes {had:.200}; the data have {have:.200} now")
         if name != LAST:
             log.warning("warning: continuing from %s, which is older", path)
             write_whole(folder / "checkpoints" / LAST, path.read_bytes())  # no epoch may follow that would write it

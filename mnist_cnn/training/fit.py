@@ -101,7 +101,7 @@ def run(
     device = prepare(config)
     data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
     data.setup()
-    checkpoint = find_last_checkpoint(folder, config) if config.resume else None
+    checkpoint = find_last_checkpoint(folder, config, data.classes) if config.resume else None
     network, config = first_network(config, data, overrides, checkpoint is not None)
     module = module_for(config, network)
     trainer = trainer_for(config, folder, device, stop, len(data.validation.labels) > 0, callbacks, silent)
@@ -109,6 +109,8 @@ def run(
         log.info("%s", data.shapes())
         log.info("%s", summary(network))
         describe_run(folder, config, overrides, choices)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config.model_dump(mode="json"))
 
     start = time.perf_counter()
     stop.training = True  # from here on a signal lets it finish its step and save
@@ -153,7 +155,8 @@ def evaluated(
     metrics = metrics_of(best, scores, len(module.history), seconds)
     for logger in trainer.loggers:
         if scores:
-            logger.log_metrics({"test/loss": scores.loss, "test/accuracy": scores.accuracy}, trainer.global_step)
+            final = {"test/loss": scores.loss, "test/accuracy": scores.accuracy, "hp_metric": scores.accuracy}
+            logger.log_metrics(final, trainer.global_step)  # hp_metric: TensorBoard's beside the hyperparameters
         logger.finalize("success")
     if config.plots:
         draw(folder / "plots", best, data, module.history, logits, scores, smoothed=config.label_smoothing > 0)
@@ -297,7 +300,7 @@ def trainer_for(
             precision=config.accelerator.precision,
             max_epochs=config.epochs,
             default_root_dir=folder,
-            logger=instantiate(config.logger, "logger") if config.logger and first else False,
+            logger=[instantiate(each, f"logger.{name}") for name, each in (config.logger or {}).items() if first],
             callbacks=[
                 *averages,
                 *user_callbacks(config, validated),

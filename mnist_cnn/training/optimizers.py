@@ -141,13 +141,13 @@ def instantiate(node: Mapping[str, Any], key: str) -> Any:
     """What a `_target_` of the user's own configuration names, with its errors in the user's words."""
     try:
         thing = hydra.utils.instantiate(dict(node), _convert_="all")  # a checkpoint holds plain values
-        if key == "logger":
+        if key.startswith("logger."):
             _ = thing.experiment  # a logger connects here
         return thing
     except InstantiationException as error:
         cause = error.__cause__ or error
-        if isinstance(cause, ModuleNotFoundError) and key == "logger":
-            extra = str(node["_target_"]).rpartition(".")[2].removesuffix("Logger").lower()
+        if isinstance(cause, ModuleNotFoundError) and key.startswith("logger."):
+            extra = key.removeprefix("logger.")
             raise UserError(
                 f"logger={extra} needs a package that is not installed: pip install 'mnist-cnn[{extra}]'"
             ) from None
