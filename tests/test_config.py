@@ -397,7 +397,7 @@ TABLE = [
     (f"{TRAIN} dataset=mnist", 2, ["did you mean data?"]),
     (f"{TRAIN} max_epochs=3", 2, ["did you mean epochs?"]),
     (f"{TRAIN} hparams_search=mnist", 2, ["searches are mnist-sweep's"]),
-    (f"{TRAIN} hydra/sweeper=optuna", 2, ["hydra/sweeper=optuna: no such option"]),
+    (f"{TRAIN} hydra/sweeper=optuna", 2, ["hydra/sweeper/optuna: no such sweeper: searches are mnist-sweep's"]),
     (f"{TRAIN} architecture.blocks=[filters:3] architecture.blocks=[kernel:3]", 2, ["single quotes"]),
     (f"{TRAIN} architecture.blocks=[{{filters:", 2, ["single quotes"]),
     ("mnist-train architecture=mlp architecture.blocks.0.filters=3", 2, ["architecture.blocks has no item 0"]),

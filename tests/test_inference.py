@@ -245,7 +245,7 @@ def test_a_folders_hidden_files_are_left_out_and_others_counted(run, trained, fo
         picture.save(place, "JPEG" if name == "8.jfif" else "PNG")
     ended = run("mnist-predict", f"checkpoint={trained}", "images=photos", "output=out.csv")
     assert ended.status == 0
-    assert ended.err == "warning: 2 files are no pictures by their endings, such as photos/noending\n"
+    assert ended.err == "warning: 2 files are no pictures by the ending and left out: photos/noending\n"
     assert [row["path"] for row in csv.DictReader((folder / "out.csv").open())] == ["photos/0.png", "photos/8.jfif"]
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mnist_cnn.config.architecture import IMAGE_SIZE
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.pictures.digit_image import mnist_form
-from mnist_cnn.pictures.image_files import ENDINGS, read_picture
+from mnist_cnn.pictures.image_files import pictures_below, read_picture
 from mnist_cnn.runs.folder import write_whole
 
 KEPT = ".mnist_cnn.npz"  # in the folder: each picture's 28×28, for as long as its size and time are the same
@@ -79,9 +79,7 @@ def labelled(folder: Path, classes: list[str]) -> tuple[list[Path], NDArray[np.i
     """The pictures of each class, in order of name, and their labels (N,)."""
     files, labels = list[Path](), list[int]()
     for label, name in enumerate(classes):
-        inside = sorted((folder / name).rglob("*"))
-        hidden = [any(part.startswith(".") for part in file.relative_to(folder / name).parts) for file in inside]
-        found = [file for file, away in zip(inside, hidden, strict=True) if file.suffix.lower() in ENDINGS and not away]
+        found = [Path(file) for file in pictures_below(folder / name)]
         if gone := [file for file in found if not file.is_file()]:
             raise UserError(f"{gone[0]} cannot be read: mend it, or take it out of the folder")
         files += found

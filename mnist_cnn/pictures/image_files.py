@@ -93,6 +93,15 @@ def _in_list(lines: Iterable[str]) -> Iterator[PictureSource]:
 
 
 def _in_folder(folder: str) -> Iterator[PictureSource]:
+    found = pictures_below(folder)
+    if not found:
+        raise UserError(f"{folder} holds no picture: expected files such as *.png")
+    for path in found:
+        yield PictureSource(path, partial(read_picture, path))
+
+
+def pictures_below(folder: str | Path) -> list[str]:
+    """The pictures in a folder and below it, in order of name; hidden files are left out, others with a warning."""
     found, others = list[str](), list[str]()
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
@@ -102,14 +111,9 @@ def _in_folder(folder: str) -> Iterator[PictureSource]:
                 # Making a Path takes longer than reading a small picture.
                 (found if picture else others).append(os.path.join(parent, name))  # noqa: PTH118
     if others:
-        left_out = f"1 file is no picture by its ending: {others[0]}"
-        if len(others) > 1:
-            left_out = f"{len(others)} files are no pictures by their endings, such as {min(others)}"
-        log.warning("warning: %s", left_out)
-    if not found:
-        raise UserError(f"{folder} holds no picture: expected files such as *.png")
-    for path in sorted(found):
-        yield PictureSource(path, partial(read_picture, path))
+        count = "1 file is no picture" if len(others) == 1 else f"{len(others)} files are no pictures"
+        log.warning("warning: %s by the ending and left out: %s", count, min(others))
+    return sorted(found)
 
 
 def _in_file(path: str) -> Iterator[PictureSource]:

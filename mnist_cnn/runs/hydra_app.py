@@ -45,6 +45,7 @@ SCHEMAS: dict[str, type[Strict]] = {
 PATHS = {"checkpoint", "images", "initialize", "resume", "multirun.resume", "data.root"}
 NEW_PATHS = {"output", "grid", "folder", "keras", "hydra.run.dir", "hydra.sweep.dir"}  # they need not be there yet
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # no fault of the user's input
+SEARCHES = "searches are mnist-sweep's, as in mnist-sweep sweep=learning_rate"
 # Words that other packages have for it.
 MEANT = {
     "lr": "optimizer.lr",
@@ -104,6 +105,8 @@ def in_one_line(error: Exception, config_name: str) -> str:
         return text
     if isinstance(error, MissingConfigException) and (plugin := re.search(r"hydra/launcher/(joblib|submitit)_?", text)):
         return f"hydra/launcher needs a package that is not installed: pip install 'mnist-cnn[{plugin[1]}]'"
+    if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("hydra/sweeper/"):
+        return f"{error.missing_cfg_file}: no such sweeper: {SEARCHES}"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = ", ".join(error.options)
@@ -137,7 +140,7 @@ def in_one_line(error: Exception, config_name: str) -> str:
 
 def _unknown_key(key: str, config_name: str) -> str:
     if key == "hparams_search":
-        return f"unknown key {key}: searches are mnist-sweep's, as mnist-sweep sweep=learning_rate"
+        return f"unknown key {key}: {SEARCHES}"
     group, _, flag = key.partition(".")
     if group == "trainer" and flag in OWNED_TRAINER_KEYS:
         return f"{key} is set by the run itself; {OWNED_TRAINER_KEYS[flag]}"
