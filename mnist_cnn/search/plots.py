@@ -102,6 +102,8 @@ def write_pictures(study: optuna.Study, name: str, importances: bool, folder: Pa
             first: Any = axes if hasattr(axes, "figure") else axes.flat[0]
             if plot in ("history", "slice"):  # those of a slice share theirs
                 first.set_yscale("log")
+                for each in first.figure.axes if plot == "slice" else ():
+                    each.tick_params("x", labelrotation=25)  # names of options are longer than their place
             elif plot == "parallel_coordinate":
                 first.figure.set_size_inches(max(6.4, 2 * len(first.get_xticks())), 4.8)
                 for each in first.figure.axes:
