@@ -396,6 +396,7 @@ TABLE = [
     (f"{TRAIN} model=conv10", 2, ["did you mean architecture?"]),
     (f"{TRAIN} dataset=mnist", 2, ["did you mean data?"]),
     (f"{TRAIN} max_epochs=3", 2, ["did you mean epochs?"]),
+    (f"{TRAIN} trainer.zzz=1", 2, ["unknown key trainer.zzz; trainer has ", "gradient_clip_val", "max_time"]),
     (f"{TRAIN} hparams_search=mnist", 2, ["searches are mnist-sweep's"]),
     (f"{TRAIN} hydra/sweeper=optuna", 2, ["hydra/sweeper/optuna: no such sweeper: searches are mnist-sweep's"]),
     (f"{TRAIN} architecture.blocks=[filters:3] architecture.blocks=[kernel:3]", 2, ["single quotes"]),

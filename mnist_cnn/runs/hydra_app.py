@@ -152,6 +152,9 @@ def _unknown_key(key: str, config_name: str) -> str:
     keys = set(_keys(known))
     if (meant := MEANT.get(key)) and meant.partition(".")[0] in keys:
         return f"unknown key {key}; did you mean {meant}?"
+    flags = sorted(each.partition(".")[2] for each in keys if each.startswith(f"{group}."))
+    if flag and flags and not nearest(flag, flags):
+        return f"unknown key {key}; {group} has {', '.join(flags)}"
     return f"unknown key {key}{nearest(key, keys)}"
 
 
