@@ -31,18 +31,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Train
+from mnist_cnn.runs.errors import in_one_line
 from mnist_cnn.runs.folder import claim, discard, release
-from mnist_cnn.runs.hydra_app import (
-    STOPPED,
-    Console,
-    guarded,
-    in_one_line,
-    in_worker,
-    is_sweep,
-    plain,
-    plain_job,
-    run_command,
-)
+from mnist_cnn.runs.hydra_app import STOPPED, Console, guarded, in_worker, is_sweep, plain, plain_job, run_command
 from mnist_cnn.runs.multirun import run_sweep, state, with_own_threads
 
 if TYPE_CHECKING:

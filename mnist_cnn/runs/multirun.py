@@ -29,8 +29,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs import hydra_app
+from mnist_cnn.runs.errors import in_one_line, refuse
 from mnist_cnn.runs.folder import claim, override_key, release, write_csv
-from mnist_cnn.runs.hydra_app import chosen, in_one_line, job_title, literal, plain_job, refuse
+from mnist_cnn.runs.hydra_app import chosen, job_title, literal, plain_job
 from mnist_cnn.runs.machine import GPUS, cores, visible_gpus
 from mnist_cnn.runs.sweep_record import RECORD, Job, continued, job_overrides, require_same, write_record
 
