@@ -159,7 +159,7 @@ def test_every_shipped_space_is_searched(run, name):
 
 def test_bad_trials_are_pruned_failing_ones_recorded_and_a_finite_space_ends(run, tmp_path, space):
     command = space(optimizer__lr={"type": "categorical", "choices": [1e-8, 0.003, 1e30]})
-    words = ("trials=10", "epochs=3", "optimizer=sgd", "optimizer.momentum=0.9")
+    words = ("trials=10", "epochs=3", "optimizer=sgd", "optimizer.momentum=0.9", "augmentation=none")
     words += ("sampler._target_=optuna.samplers.BruteForceSampler", "+sampler.seed=1")
     ended = run(*command, *words, "pruner._target_=optuna.pruners.ThresholdPruner", "+pruner.lower=0.35")
     assert ended.status == 0

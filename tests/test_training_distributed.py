@@ -18,6 +18,7 @@ from mnist_cnn.models.checkpoint import read_checkpoint
 
 # Without dropout and batch norm.
 SETTINGS = ("data=digits", "plots=false", "data.batch_size=64", "architecture=conv10", "accelerator=cpu")
+SETTINGS += ("augmentation=none",)  # each rank draws its own numbers
 TWO = "accelerator.devices=2"
 SECONDS_TO_END = 40
 

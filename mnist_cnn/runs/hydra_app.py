@@ -261,7 +261,7 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     known = parsed(words)
     given = [override_key(word) for word in known.overrides]
     for key, word in zip(given, known.overrides, strict=True):
-        if given.count(key) > 1 and re.search(r"=.*[\[{].*:", word):  # as bash makes of [{filters:32,kernel:3}]
+        if given.count(key) > 1 and re.search(r"=\[\w+:", word):  # as bash makes of [{filters:32,kernel:3}]
             refuse(f"{word}: the shell has taken it apart: put the whole of {key}=… in single quotes")
     # argparse takes overrides in one place only; users write flags anywhere between them.
     sys.argv[1:] = [word for word in words if word not in known.overrides] + known.overrides
