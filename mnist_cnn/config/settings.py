@@ -304,7 +304,7 @@ class Predict(Strict):
         return self
 
 
-FORMATS = {".onnx": "onnx", ".pt2": "torch_export", ".safetensors": "safetensors"}  # by a file's ending
+EXPORTS = {".onnx": "onnx", ".pt2": "torch_export", ".safetensors": "safetensors"}  # by a file's ending
 
 
 class Export(Strict):
@@ -312,19 +312,19 @@ class Export(Strict):
 
     checkpoint: NonEmpty
     format: Literal["onnx", "torch_export", "safetensors"]
-    output: Annotated[str, _ending("output", *FORMATS)]
+    output: Annotated[str, _ending("output", *EXPORTS)]
     modules: list[NonEmpty]
 
     @model_validator(mode="before")
     @classmethod
     def _by_its_ending(cls, config: Any) -> Any:
         if isinstance(config, dict) and config.get("format") is None:
-            config = {**config, "format": FORMATS.get(Path(str(config.get("output"))).suffix, "onnx")}
+            config = {**config, "format": EXPORTS.get(Path(str(config.get("output"))).suffix, "onnx")}
         return config
 
     @model_validator(mode="after")
     def _named_after_its_format(self) -> Export:
-        ending = next(ending for ending, name in FORMATS.items() if name == self.format)
+        ending = next(ending for ending, name in EXPORTS.items() if name == self.format)
         if Path(self.output).suffix != ending:
             raise ValueError(f"output={self.output}: must end in {ending} for format={self.format}")
         return self

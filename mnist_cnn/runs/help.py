@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import hydra
 import yaml
 from omegaconf import OmegaConf
 
 from mnist_cnn.config.settings import CONF
-from mnist_cnn.runs.hydra_app import text
+from mnist_cnn.runs.hydra_app import flat, text
 
 PACKAGE = re.compile(r"# @package (\S+)")
 KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):[^#]*(?:# (?P<comment>.*))?")
@@ -40,9 +39,10 @@ def help_text(config_name: str, overrides: list[str], config_dir: str | None) ->
         about |= dict(_comments(f"{group}/{option}", group, folders))
     lines.append("Keys with their values (set with key=value):")
     job = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    for key, value in _flat(OmegaConf.to_container(job)):
-        comment = about.get(key, "")
-        lines.append(f"  {f'{key}={value}':<{WIDTH}}  {comment}".rstrip())
+    for key, value in flat(OmegaConf.to_container(job)):
+        if key.endswith("._partial_") or (key.endswith("._target_") and value):  # Hydra's own
+            continue
+        lines.append(f"  {f'{key}={text(value)}':<{WIDTH}}  {about.get(key, '')}".rstrip())
     return "\n".join([*lines, "", "Hydra's own flags (--cfg job, -m, --config-dir, tab completion …): --hydra-help."])
 
 
@@ -63,14 +63,3 @@ def _comments(name: str, package: str, folders: list[Path]) -> Iterator[tuple[st
             path[len(match["indent"]) // 2 :] = [match["key"]]
             if match["comment"]:
                 yield ".".join([*([package] if package else []), *path]), match["comment"]
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each key with its value as the command line writes it."""
-    for key, each in value.items():
-        if key == "_partial_" or (key == "_target_" and each):  # Hydra's own
-            continue
-        if isinstance(each, dict):  # of nothing where a group has no keys
-            yield from _flat(each, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", text(each)

@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -184,6 +184,15 @@ def guarded(work: Callable[[], Any], folder: Path, fail_fast: bool = False) -> A
 
 
 # --- a command ---------------------------------------------------------------------------------------------
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key of a configuration with its value, as the command line names it; nothing of an empty group."""
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, each in value.items():
+        yield from flat(each, f"{prefix}.{key}".lstrip("."))
 
 
 def text(value: Any) -> str:

@@ -12,7 +12,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -32,6 +32,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQL
 from mnist_cnn.config.schema import RunError, UserError
 from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.folder import write_whole
+from mnist_cnn.runs.hydra_app import flat
 from mnist_cnn.search.space import SWEEP_KEYS, Space, of_the_machine
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -239,7 +240,7 @@ class SharedStudy:
         Raises:
             UserError: it is another study.
         """
-        train = {key: value for key, value in _flat(settings.model_dump(mode="json")) if _is_learned(key)}
+        train = {key: value for key, value in flat(settings.model_dump(mode="json")) if _is_learned(key)}
         ours = {**train, "metric": self.metric}
         ours |= {f"sweep.{key}": distribution_to_json(each) for key, each in space.distributions.items()}
         theirs = self.study.user_attrs.get("settings")
@@ -279,14 +280,6 @@ def instance(settings: dict[str, Any], key: str, kind: type) -> Any:
     if not isinstance(found, kind):
         raise UserError(f"{key}._target_={settings.get('_target_')} is none of optuna.{key}s")
     return found
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield prefix, value
-        return
-    for key, each in value.items():
-        yield from _flat(each, f"{prefix}.{key}".lstrip("."))
 
 
 def _is_learned(key: str) -> bool:
