@@ -270,7 +270,7 @@ def _frames_the_picture(part: NDArray[np.bool_]) -> bool:
 def _is_frame(mask: NDArray[np.bool_]) -> bool:
     """Whether a thing, cut to its box, fills most of the box's outline: of MNIST's digits none fills more than 0.53."""
     outline = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
-    return min(mask.shape) > 0.45 * max(mask.shape) and bool(outline.mean() > MAXIMUM_OUTLINE)
+    return min(mask.shape) > max(0.45 * max(mask.shape), 12) and bool(outline.mean() > MAXIMUM_OUTLINE)
 
 
 def _coherence(mask: NDArray[np.bool_]) -> float:
