@@ -86,14 +86,18 @@ def _given(root: Any) -> Any:
 
 
 class Augmentation(Strict):
-    """What training digits are warped by, at most; nothing where all are 0."""
+    """How training digits are changed, at most; not at all where all are 0."""
 
     rotation: float = Field(default=0.0, ge=0, le=180)
     shift: float = Field(default=0.0, ge=0, le=14)
     scale: float = Field(default=0.0, ge=0, lt=1)
     shear: float = Field(default=0.0, ge=0, lt=90)
+    elastic: float = Field(default=0.0, ge=0, le=14)
+    thickness: float = Field(default=0.0, ge=0, le=1)
+    hands: float = Field(default=0.0, ge=0, le=1)
+    damage: float = Field(default=0.0, ge=0, le=1)
 
-    def warps(self) -> bool:
+    def changes(self) -> bool:
         return any(self.model_dump().values())
 
 

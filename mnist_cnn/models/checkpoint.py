@@ -48,13 +48,18 @@ class Description(Strict):
         default_factory=list, max_length=100_000
     )
     temperature: float = Field(default=1.0, ge=0.01, le=100)  # the logits are divided by it (Guo et al., 2017)
+    unsure_below: float = Field(default=0.0, ge=0, le=1)  # a lower probability is no answer; 0: not tested
+    figures: dict[str, float] = Field(default_factory=dict, max_length=100)  # of the packaged checkpoint
+
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained" / "digits.ckpt"  # made by scripts/pretrain
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A `.ckpt` file as it is, or the best checkpoint of a run's folder or of `latest`."""
+    """A `.ckpt` file as it is, the best checkpoint of a run's folder or of `latest`, or the packaged `pretrained`."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise UserError(f"checkpoint={path} is an address: nothing is fetched; download the file and give its path")
-    path = latest_run() if str(path) == "latest" else Path(path)
+    path = {"latest": latest_run, "pretrained": lambda: PRETRAINED}.get(str(path), lambda: Path(path))()
     if path.is_dir():
         best = path / "checkpoints" / "best.ckpt"
         if not best.is_file():
@@ -143,10 +148,12 @@ def save(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def save_weights(path: Path, description: Description, network: ConvNet) -> None:
-    """Write a checkpoint of a network's weights and its description."""
+def save_weights(path: Path, description: Description, network: ConvNet, half: bool = False) -> None:
+    """Write a checkpoint of a network's weights, in float16 if `half`, and its description."""
     about = {**description.model_dump(), "format": FORMAT}
     state = {f"network.{name}": value.clone() for name, value in network.state_dict().items()}
+    if half:
+        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     save(path, {"state_dict": state, "mnist_cnn": about})
 
 
@@ -180,14 +187,16 @@ def network_of(path: str | Path, description: Description, state: Any) -> ConvNe
             _check_weight(name, weights[name], like)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: its weights do not fit the network that it describes ({error})") from None
-    network.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+    whole = {name: value.to(expected[name].dtype, copy=True) for name, value in weights.items()}
+    network.load_state_dict(whole, assign=True)
     return network.to(memory_format=torch.channels_last)
 
 
 def _check_weight(name: str, value: Any, like: Tensor) -> None:
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         raise ValueError(f"{name} is no plain tensor")
-    if value.shape != like.shape or value.dtype != like.dtype:
+    half = value.dtype == torch.float16 and like.dtype == torch.float32
+    if value.shape != like.shape or (value.dtype != like.dtype and not half):
         raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, expected {like.dtype} {tuple(like.shape)}")
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():
         raise ValueError(f"{name} has less data than its shape says")
