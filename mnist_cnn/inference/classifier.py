@@ -179,7 +179,7 @@ def _opened(picture: Picture) -> Image.Image | NDArray[Any]:
 
 
 def load_classifier(
-    path: str | Path | Sequence[str | Path],
+    path: str | Path | Sequence[str | Path] = "pretrained",
     device: str = "auto",
     tta: Literal[1, 5, 9] = 1,
     modules: Sequence[str] = (),
@@ -187,8 +187,8 @@ def load_classifier(
     """A checkpoint to a `Classifier` on `device` (auto, cpu, cuda, mps).
 
     Args:
-        path: a .ckpt file, a run's folder (its best), an exported .onnx or .safetensors file; or a list of them,
-            whose probabilities are averaged.
+        path: `pretrained`, the network that comes along; a .ckpt file, a run's folder (its best), an exported .onnx
+            or .safetensors file; or a list of them, whose probabilities are averaged.
         tta: test-time augmentation. 5: probabilities are averaged over a digit and its shifts by one pixel; 9: the
             diagonal ones too.
         modules: Python modules of your own that layers of the networks come from.
