@@ -36,7 +36,7 @@ def main() -> None:
     run_command(job, "evaluate")
 
 
-def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
+def evaluate(config: Evaluate, folder: Path) -> dict[str, Any]:
     """Score a checkpoint, and leave evaluation.json, incorrect.csv and plots/ in `folder`; returns evaluation.json's.
 
     Raises:
@@ -59,7 +59,16 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
         calibrate(config.checkpoint[0], member_logits, digits.labels, scores.calibration_error)
 
     probabilities = torch.softmax(logits.double(), dim=1)
-    figures = write_results(folder, digits, classes, probabilities, scores)
+    corruptions = {}
+    if config.corruptions:
+        from mnist_cnn.inference import robustness
+
+        images = digits.images[:, 0].numpy()
+        corruptions = robustness.score_corruptions(classifier, images, digits.labels.numpy())
+        log.info("%s", robustness.corruption_table(corruptions))
+        if config.plots:
+            robustness.corruption_sheet(images[0], folder / "plots" / "corruptions.png")
+    figures = write_results(folder, digits, classes, probabilities, scores, corruptions)
     if config.plots:
         from mnist_cnn.inference import plots
 
@@ -105,8 +114,13 @@ def load_digits(config: Evaluate, trained_on: Description) -> tuple[Digits, list
 
 
 def write_results(
-    folder: Path, digits: Digits, classes: list[str], probabilities: Tensor, scores: Scores
-) -> dict[str, float]:
+    folder: Path,
+    digits: Digits,
+    classes: list[str],
+    probabilities: Tensor,
+    scores: Scores,
+    corruptions: dict[str, dict[str, float]],
+) -> dict[str, Any]:
     """Write incorrect.csv and evaluation.json, from probabilities (N, classes); returns what the latter holds."""
     predicted = probabilities.argmax(1)
     columns = [f"probability {name}" for name in classes]
@@ -126,6 +140,7 @@ def write_results(
         "accuracy_low": scores.interval[0],
         "accuracy_high": scores.interval[1],
         "calibration_error": scores.calibration_error,
+        **({"corruptions": corruptions} if corruptions else {}),
     }
     write_whole(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
     return figures

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 from mnist_cnn import load_classifier
 from mnist_cnn.config.schema import UserError
+from mnist_cnn.data.corruptions import CORRUPTIONS
 from mnist_cnn.data.datasets import load
 from mnist_cnn.inference.classifier import mean_logits, shifted
 from mnist_cnn.inference.metrics import fit_temperature, score, wilson_interval
+from mnist_cnn.inference.robustness import score_corruptions
 from mnist_cnn.models.checkpoint import read_checkpoint
 from mnist_cnn.pictures.digit_image import in_mnist_form, mnist_form
 
@@ -321,6 +323,34 @@ def test_evaluate_on_the_digits_that_the_run_held_out(run, trained):
 def test_evaluate_on_other_data(run, trained, mnist_root):
     ended = run("mnist-evaluate", f"checkpoint={trained}", "data=mnist", f"data.root={mnist_root}", "plots=false")
     assert "10,000 digits" in ended.out
+
+
+def test_the_error_on_each_corruption(run, trained, held_out):
+    ended = run("mnist-evaluate", f"checkpoint={trained}", "corruptions=mnist_c")
+    figures = json.loads((ended.folder() / "evaluation.json").read_text())["corruptions"]
+    assert [*figures] == [*CORRUPTIONS, "mean"]
+    assert re.search(r"^fog +\d+\.\d\d +\d+\.\d\d +0$", ended.out, flags=re.MULTILINE)
+    assert (ended.folder() / "plots" / "corruptions.png").exists()
+    labels = held_out.labels.numpy()
+    classifier = load_classifier(trained)
+    zigzag = classifier.probabilities(CORRUPTIONS["zigzag"](held_out.images[:, 0].numpy()), mode="exact")
+    assert figures["zigzag"]["error"] == pytest.approx((zigzag.argmax(1) != labels).mean())
+    each = [row["error"] for name, row in figures.items() if name != "mean"]
+    assert figures["mean"]["error"] == pytest.approx(sum(each) / 15)
+
+
+def test_a_corrupted_digit_that_the_form_refuses_is_wrong(trained, held_out):
+    """A network of MNIST's digits reads pictures through the form, which finds none in blank ones."""
+    classifier = load_classifier(trained)
+    member = classifier.members[0]
+    data = member.description.data.model_copy(update={"name": "mnist"})
+    classifier.members = [member._replace(description=member.description.model_copy(update={"data": data}))]
+    images, labels = held_out.images[:8, 0].numpy().copy(), held_out.labels[:8].numpy()
+    images[:4] = 0
+    row = score_corruptions(classifier, images, labels)["scale"]
+    assert row["refused"] == 4
+    assert row["form_error"] >= 0.5
+    assert row["form_error"] < 1
 
 
 def test_incorrect_digits_are_listed_with_their_probabilities(run, trained, held_out):
