@@ -563,6 +563,7 @@ TABLE = [
     (f"{EVALUATE}damaged.safetensors", 2, ["has a damaged description"]),
     # mnist-evaluate, mnist-export
     (f"{EVALUATE}RUN split=train", 2, ["split='train'", "'test' or 'validation'"]),
+    (f"{EVALUATE}RUN corruptions=mnistc", 2, ["corruptions='mnistc'", "'mnist_c'"]),
     (f"{EVALUATE}RUN data=cifar", 2, ["data=cifar", "digits"]),
     (f"{EVALUATE}RUN chekpoint=3", 2, ["unknown key chekpoint", "did you mean checkpoint"]),
     ("mnist-evaluate", 2, ["checkpoint is missing"]),

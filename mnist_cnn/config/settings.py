@@ -259,6 +259,7 @@ class Evaluate(Strict):
     checkpoint: OneOrMany
     split: Literal["test", "validation"]
     calibrate: bool
+    corruptions: Literal["mnist_c"] | None
     data: Source
     accelerator: Accelerator
     probabilities: list[Annotated[int, Field(ge=0)]]
