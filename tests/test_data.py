@@ -312,7 +312,7 @@ def test_hands_are_for_digits_only(run):
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
     ended = run("mnist-train", "data=folder", "data.root=letters", "experiment=robust", "data.validation=0")
-    said(ended, "augmentation.hands=0.2 draws strokes of the digits 0 to 9, and data=folder has other classes")
+    said(ended, "augmentation.hands=0.5 draws strokes of the digits 0 to 9, and data=folder has other classes")
 
 
 def test_warped_digits_are_the_digits_of_training_alone(run, tmp_path):
