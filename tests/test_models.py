@@ -134,7 +134,8 @@ def test_blocks_of_every_kind():
     blocks = [
         {"filters": 6, "kernel": 5, "padding": 2, "pool": 2, "batch_norm": "after"},
         {"filters": 8, "kernel": 3, "padding": 1, "separable": True, "residual": True, "batch_norm": True},
-        {"filters": 8, "kernel": 3, "padding": 1, "residual": True, "activation": "silu", "pool": 14, "pooling": "max"},
+        {"filters": 8, "kernel": 3, "padding": 1, "residual": True, "activation": "silu", "pool": 14, "pooling": "max"}
+        | {"batch_norm": "last"},
     ]
     network = ConvNet(
         {"blocks": blocks, "dense": [{"units": 5, "activation": "tanh"}], "activation": "gelu", "pooling": "avg"}
@@ -146,7 +147,7 @@ def test_blocks_of_every_kind():
     (each, across), norm = second[0].layers
     assert (each.groups, across.kernel_size, each.bias) == (6, (1, 1), None)
     y = F.gelu(norm(across(each(y))) + second[0].shortcut(y))
-    y = F.max_pool2d(F.silu(third[0].layers(y) + y), 14)
+    y = third[3](F.max_pool2d(F.silu(third[0].layers(y) + y), 14))
     y = network.logits(torch.tanh(network.dense[0][0](y.flatten(1))))
     torch.testing.assert_close(network(x), y)
     rows = network.specification.layers()
