@@ -249,12 +249,12 @@ def _load_onnx(path: Path, device: torch.device) -> Member:
         # From bytes, so that the file cannot name other files as its weights.
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         content = session.get_modelmeta().custom_metadata_map.get("mnist_cnn")
-        (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()
+        inputs, outputs = session.get_inputs(), session.get_outputs()
     except Exception as error:  # onnxruntime has no common error
         raise UserError(f"{path} is not an ONNX file of mnist-export ({' '.join(str(error).split())[:200]})") from None
 
     def logits(images: Tensor) -> Tensor:
-        (probabilities,) = session.run([outputs.name], {inputs.name: images.cpu().numpy()})
+        (probabilities,) = session.run([outputs[0].name], {inputs[0].name: images.cpu().numpy()})
         return torch.from_numpy(probabilities).log()
 
     return Member(logits, _description_of(path, content), None)
