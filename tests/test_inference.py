@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -527,6 +528,21 @@ def test_from_a_sure_probability_on_answers_are_right():
     assert (predicted == labels)[probabilities >= sure].double().mean() >= 0.99
     assert (probabilities >= sure).double().mean() > 0.5  # and it is the least such
     assert sure_from(-logits, labels) == 1
+
+
+def test_rows_below_the_sure_probability_are_marked(run, trained, tmp_path):
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    np.save("digits.npy", load("digits", "unused")[1].images[:40, 0].numpy())
+    sure = load_classifier(trained).probabilities(np.load("digits.npy")).max(1)
+    content["mnist_cnn"]["unsure_below"] = float(np.median(sure))
+    torch.save(content, "tested.ckpt")
+    assert run("mnist-predict", "checkpoint=tested.ckpt", "images=digits.npy", "output=rows.csv").status == 0
+    with Path("rows.csv").open() as file:
+        marks = [row["unsure"] for row in csv.DictReader(file)]
+    assert marks == ["unsure" if each < np.float32(np.median(sure)) else "" for each in sure]
+    ended = run("mnist-predict", f"checkpoint={trained}", "images=digits.npy")
+    assert "unsure" not in ended.out
+    assert "unsure" in run("mnist-predict", "checkpoint=tested.ckpt", "images=digits.npy").out
 
 
 def test_calibrating_with_tta(run, trained):

@@ -52,6 +52,11 @@ class Classifier:
         return self.description.classes
 
     @property
+    def unsure_below(self) -> float:
+        """The probability below which an answer is no answer: `mnist-evaluate calibrate=true` finds it; else 0."""
+        return max(member.description.unsure_below for member in self.members)
+
+    @property
     def network(self) -> ConvNet:
         """The first network, for those who want its weights; an .onnx file has none."""
         assert self.members[0].network is not None

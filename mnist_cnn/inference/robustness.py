@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from mnist_cnn.config.schema import UserError
 from mnist_cnn.data.corruptions import CORRUPTIONS
 from mnist_cnn.inference.classifier import Classifier
 from mnist_cnn.inference.plots import INK, image_grid
-from mnist_cnn.pictures.digit_image import form_for
+from mnist_cnn.pictures.digit_image import readings_for
 
 
 def score_corruptions(
@@ -26,24 +27,23 @@ def score_corruptions(
     picture form, where the `refused`, a count, are wrong too. A network of data that are not in MNIST's form takes
     any 28×28 as it is, so that both are equal.
     """
-    form = form_for(classifier.description.data.name, "any")
-
-    def wrong(digits: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        return classifier.logits(torch.from_numpy(digits)[:, None]).argmax(1).numpy() != labels
+    read = readings_for(classifier.description.data.name, "any")
 
     figures: dict[str, dict[str, float]] = {}
     for name, corrupt in tqdm(CORRUPTIONS.items(), unit=" corruptions", disable=None, leave=False):
         corrupted = corrupt(images)
-        read, refused = np.zeros_like(corrupted), np.zeros(len(labels), bool)
+        alone = classifier.logits(torch.from_numpy(corrupted)[:, None]).argmax(1).numpy()
+        seen, found = np.zeros(len(labels), bool), []
         for index, digit in enumerate(corrupted):
-            try:
-                read[index] = form(digit)
-            except UserError:
-                refused[index] = True
+            with suppress(UserError):
+                found.append(read(digit))
+                seen[index] = True
+        through = np.full(len(labels), -1)  # no class
+        through[seen] = classifier.surest(found)[1].argmax(1)
         figures[name] = {
-            "error": float(wrong(corrupted).mean()),
-            "form_error": float((wrong(read) | refused).mean()),
-            "refused": int(refused.sum()),
+            "error": float((alone != labels).mean()),
+            "form_error": float((through != labels).mean()),
+            "refused": int((~seen).sum()),
         }
     keys = ("error", "form_error", "refused")
     return figures | {"mean": {key: float(np.mean([row[key] for row in figures.values()])) for key in keys}}
