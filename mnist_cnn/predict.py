@@ -121,8 +121,7 @@ def classify_batch(
     found = iter(zip(images[:, 0], probabilities, strict=True))
     pairs = [next(found) if one.readings else (None, None) for one in digits]
     rows = [
-        prediction(one.name, row, classifier.classes, top_k, one.error)
-        for one, (_, row) in zip(digits, pairs, strict=True)
+        prediction(one.name, row, classifier, top_k, one.error) for one, (_, row) in zip(digits, pairs, strict=True)
     ]
     return rows, [digit for digit, _ in pairs]
 

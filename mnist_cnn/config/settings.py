@@ -86,14 +86,18 @@ def _given(root: Any) -> Any:
 
 
 class Augmentation(Strict):
-    """What training digits are warped by, at most; nothing where all are 0."""
+    """How training digits are changed, at most; not at all where all are 0."""
 
     rotation: float = Field(default=0.0, ge=0, le=180)
     shift: float = Field(default=0.0, ge=0, le=14)
     scale: float = Field(default=0.0, ge=0, lt=1)
     shear: float = Field(default=0.0, ge=0, lt=90)
+    elastic: float = Field(default=0.0, ge=0, le=14)
+    thickness: float = Field(default=0.0, ge=0, le=1)
+    hands: float = Field(default=0.0, ge=0, le=1)
+    damage: float = Field(default=0.0, ge=0, le=1)
 
-    def warps(self) -> bool:
+    def changes(self) -> bool:
         return any(self.model_dump().values())
 
 
@@ -255,6 +259,7 @@ class Evaluate(Strict):
     checkpoint: OneOrMany
     split: Literal["test", "validation"]
     calibrate: bool
+    corruptions: Literal["mnist_c"] | None
     data: Source
     accelerator: Accelerator
     probabilities: list[Annotated[int, Field(ge=0)]]
@@ -333,6 +338,21 @@ class Export(Strict):
 class Import(Strict):
     """The configuration of mnist-import; conf/import.yaml describes each key."""
 
-    keras: Annotated[str, _ending("keras", ".h5", ".hdf5", ".keras")]
+    keras: Annotated[str | None, _ending("keras", ".h5", ".hdf5", ".keras")]
+    torch: Annotated[str | None, _ending("torch", ".pt", ".pth")]
+    architecture: Architecture | None = None
     output: Annotated[str, _ending("output", ".ckpt")]
-    divide_by_255: bool
+    divide_by_255: bool | None
+    mean: float | None
+    std: Annotated[float, Field(gt=0)] | None
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Import:
+        if (self.keras is None) == (self.torch is None):
+            raise ValueError("give keras=FILE or torch=FILE, one of the two")
+        if self.torch and self.architecture is None:
+            raise ValueError(f"torch={self.torch} holds weights only: give architecture=pytorch_example, or your own")
+        other = ("divide_by_255",) if self.torch else ("architecture", "mean", "std")
+        if given := [key for key in other if getattr(self, key) is not None]:
+            raise ValueError(f"{given[0]} goes with {'keras' if self.torch else 'torch'}= alone")
+        return self

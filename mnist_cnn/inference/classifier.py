@@ -52,6 +52,11 @@ class Classifier:
         return self.description.classes
 
     @property
+    def unsure_below(self) -> float:
+        """The probability below which an answer is no answer: `mnist-evaluate calibrate=true` finds it; else 0."""
+        return max(member.description.unsure_below for member in self.members)
+
+    @property
     def network(self) -> ConvNet:
         """The first network, for those who want its weights; an .onnx file has none."""
         assert self.members[0].network is not None
@@ -199,7 +204,7 @@ def _opened(picture: Picture) -> Image.Image | NDArray[Any]:
 
 
 def load_classifier(
-    path: str | Path | Sequence[str | Path],
+    path: str | Path | Sequence[str | Path] = "pretrained",
     device: str = "auto",
     tta: Literal[1, 5, 9] = 1,
     modules: Sequence[str] = (),
@@ -207,8 +212,8 @@ def load_classifier(
     """A checkpoint to a `Classifier` on `device` (auto, cpu, cuda, mps).
 
     Args:
-        path: a .ckpt file, a run's folder (its best), an exported .onnx or .safetensors file; or a list of them,
-            whose probabilities are averaged.
+        path: `pretrained`, the network that comes along; a .ckpt file, a run's folder (its best), an exported .onnx
+            or .safetensors file; or a list of them, whose probabilities are averaged.
         tta: test-time augmentation. 5: probabilities are averaged over a digit and its shifts by one pixel; 9: the
             diagonal ones too.
         modules: Python modules of your own that layers of the networks come from.
@@ -269,12 +274,12 @@ def _load_onnx(path: Path, device: torch.device) -> Member:
         # From bytes, so that the file cannot name other files as its weights.
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         content = session.get_modelmeta().custom_metadata_map.get("mnist_cnn")
-        (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()
+        inputs, outputs = session.get_inputs(), session.get_outputs()
     except Exception as error:  # onnxruntime has no common error
         raise UserError(f"{path} is not an ONNX file of mnist-export ({' '.join(str(error).split())[:200]})") from None
 
     def logits(images: Tensor) -> Tensor:
-        (probabilities,) = session.run([outputs.name], {inputs.name: images.cpu().numpy()})
+        (probabilities,) = session.run([outputs[0].name], {inputs[0].name: images.cpu().numpy()})
         return torch.from_numpy(probabilities).log()
 
     return Member(logits, _description_of(path, content), None)
