@@ -373,7 +373,7 @@ class Atlas {
     const [map, weights] = element("lens").querySelectorAll("canvas");
     const values = data.subarray(this.selected * height * width, (this.selected + 1) * height * width);
     Object.assign(map, { width, height });
-    map.getContext("2d").putImageData(coloured(values, width, strongest(data)), 0, 0);
+    map.getContext("2d").putImageData(coloured(values, width, strongest(values)), 0, 0);
     const { count, side, values: numbers } = kernel(this.number, this.selected);
     const columns = Math.ceil(Math.sqrt(count));
     const step = side + (side > 1 ? 1 : 0);
