@@ -8,11 +8,11 @@ const CENTRE = 14; // the pixel in which MNIST's centres of mass lie
 const MINIMUM_CONTRAST = 10; // of 255
 const MINIMUM_SIDE = 8;
 const STROKE_LEVEL = 0.35; // of full ink: above it a pixel belongs to a stroke
-const FAINT_LEVEL = 0.35; // above it a pixel beside a stroke belongs to it
-const REACH = 0; // pixels: parts of one stroke are nearer
+const FAINT_LEVEL = 0.2; // above it a pixel beside a stroke belongs to it
+const REACH = 3; // pixels: parts of one stroke are nearer
 const SMALL_PART = 0.08; // of the largest part: smaller parts are specks
 const MAXIMUM_PARTS = 6;
-const EDGE_LEVEL = 0.5; // of a profile's height: where the digit begins
+const EDGE_LEVEL = 0.3; // of a profile's height: where the digit begins
 const MINIMUM_STROKE = 1.5; // in pixels of 28×28: thinner strokes are made bolder
 const BOLD_STROKE = 2; // how wide they become
 
