@@ -38,10 +38,10 @@ def main() -> None:
 
 
 class DigitRead(NamedTuple):
-    """A picture as uint8 (28, 28), or why there is none, and what the grid shows of it, uint8 (112, 112, 3)."""
+    """A picture's readings as uint8 (28, 28), or why there are none, and what the grid shows, uint8 (112, 112, 3)."""
 
     name: str
-    digit: NDArray[np.uint8] | None
+    readings: list[NDArray[np.uint8]]
     error: str
     thumbnail: NDArray[np.uint8] | None = None
 
@@ -60,26 +60,30 @@ def predict(config: Predict) -> None:
 
     from mnist_cnn.inference.classifier import load_classifier
     from mnist_cnn.inference.predictions import prediction_writer
-    from mnist_cnn.pictures.digit_image import form_for
+    from mnist_cnn.pictures.digit_image import readings_for
     from mnist_cnn.pictures.image_files import find_pictures
 
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
     classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta, config.modules)
-    form = form_for(classifier.description.data.name, config.mode)
+    read = readings_for(classifier.description.data.name, config.mode)
     pictures = find_pictures(config.images, as_bytes=config.input == "bytes")
     failed = count = 0
-    drawn: list[tuple[DigitRead, Prediction]] = []
+    drawn: list[tuple[NDArray[np.uint8], NDArray[np.uint8] | None, str]] = []
     bar = tqdm(unit=" pictures", disable=None, leave=False)  # on a terminal only
     with bar, prediction_writer(config.output) as writer:
         while batch := list(islice(pictures, BATCH)):
             drawing = GRID - len(drawn) if config.grid else 0
-            digits = [read_digit(source, form, index < drawing) for index, source in enumerate(batch)]
-            rows = classify_batch(digits, classifier, config.top_k)
+            digits = [read_digit(source, read, index < drawing) for index, source in enumerate(batch)]
+            rows, seen = classify_batch(digits, classifier, config.top_k)
             writer.write(rows)
             failed += report_errors(digits)
             count += len(digits)
-            drawn += [(one, row) for one, row in zip(digits, rows, strict=True) if one.thumbnail is not None]
+            drawn += [
+                (one.thumbnail, digit, f"{row['label']}  {row['probability']:.1%}")
+                for one, digit, row in zip(digits, seen, rows, strict=True)
+                if one.thumbnail is not None
+            ]
             bar.update(len(batch))
     if config.grid:
         draw_grid(drawn, count, Path(config.grid))
@@ -96,35 +100,35 @@ def refuse_missing(images: list[str]) -> None:
         next(find_pictures(missing), None)
 
 
-def read_digit(source: PictureSource, form: Callable[[Any], NDArray[np.uint8]], drawing: bool) -> DigitRead:
-    """Read a picture and bring it to what the network sees by `form`, or keep the error."""
+def read_digit(source: PictureSource, read: Callable[[Any], list[NDArray[np.uint8]]], drawing: bool) -> DigitRead:
+    """Read a picture and bring it to what a network may see by `read`, or keep the error."""
     name = source.name.encode(errors="backslashreplace").decode()  # bytes that are no UTF-8 fit into no table
     try:
         picture = source.read()
-        return DigitRead(name, form(picture), "", thumbnail(picture) if drawing else None)
+        return DigitRead(name, read(picture), "", thumbnail(picture) if drawing else None)
     except UserError as error:
-        return DigitRead(name, None, str(error))
+        return DigitRead(name, [], str(error))
 
 
-def classify_batch(digits: list[DigitRead], classifier: Classifier, top_k: int) -> list[Prediction]:
-    """A row for each picture, in their order; pictures that could not be read have their error in it."""
-    import numpy as np
-    import torch
-
+def classify_batch(
+    digits: list[DigitRead], classifier: Classifier, top_k: int
+) -> tuple[list[Prediction], list[NDArray[np.uint8] | None]]:
+    """A row for each picture, in their order, and the digit that the network saw, uint8 (28, 28); of pictures that
+    could not be read the error and None."""
     from mnist_cnn.inference.predictions import prediction
 
-    images = [one.digit for one in digits if one.digit is not None]
-    stacked = np.stack(images)[:, None] if images else np.zeros((0, 1, 28, 28), np.uint8)
-    probabilities = iter(torch.softmax(classifier.logits(torch.from_numpy(stacked)), dim=1).numpy())
-    return [
-        prediction(one.name, None if one.digit is None else next(probabilities), classifier.classes, top_k, one.error)
-        for one in digits
+    images, probabilities = classifier.surest([one.readings for one in digits if one.readings])
+    found = iter(zip(images[:, 0], probabilities, strict=True))
+    pairs = [next(found) if one.readings else (None, None) for one in digits]
+    rows = [
+        prediction(one.name, row, classifier, top_k, one.error) for one, (_, row) in zip(digits, pairs, strict=True)
     ]
+    return rows, [digit for digit, _ in pairs]
 
 
 def report_errors(digits: list[DigitRead]) -> int:
     """A line on stderr for each picture that could not be read; returns how many."""
-    failed = [one for one in digits if one.digit is None]
+    failed = [one for one in digits if not one.readings]
     for one in failed:
         log.error("error: %s %s", one.name, one.error)
     return len(failed)
@@ -142,15 +146,11 @@ def thumbnail(picture: Any) -> NDArray[np.uint8]:
     return np.asarray(ImageOps.pad(image, (112, 112), color=(200, 200, 200)))
 
 
-def draw_grid(drawn: list[tuple[DigitRead, Prediction]], count: int, path: Path) -> None:
+def draw_grid(drawn: list[tuple[Any, Any, str]], count: int, path: Path) -> None:
     """Draw the first of `count` pictures, each beside the digit that the network saw, under its label."""
     from mnist_cnn.inference import plots
 
-    plots.prediction_grid(
-        [(one.thumbnail, one.digit, f"{row['label']}  {row['probability']:.1%}") for one, row in drawn],
-        count - len(drawn),
-        path,
-    )
+    plots.prediction_grid(drawn, count - len(drawn), path)
     log.info("%s", path)
 
 

@@ -27,6 +27,7 @@ from mnist_cnn.config.schema import UserError
 from mnist_cnn.config.settings import CONF, Augmentation
 from mnist_cnn.data import augmentation, datasets, download
 from mnist_cnn.data.augmentation import HANDS, Augment, damaged, other_hand, warped
+from mnist_cnn.data.corruptions import CORRUPTIONS
 from mnist_cnn.data.datamodule import DigitLoader
 from mnist_cnn.data.datasets import Digits, load
 
@@ -311,7 +312,7 @@ def test_hands_are_for_digits_only(run):
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
     ended = run("mnist-train", "data=folder", "data.root=letters", "experiment=robust", "data.validation=0")
-    said(ended, "augmentation.hands=0.2 draws strokes of the digits 0 to 9, and data=folder has other classes")
+    said(ended, "augmentation.hands=0.5 draws strokes of the digits 0 to 9, and data=folder has other classes")
 
 
 def test_warped_digits_are_the_digits_of_training_alone(run, tmp_path):
@@ -325,6 +326,106 @@ def test_warped_digits_are_the_digits_of_training_alone(run, tmp_path):
     classifier = load_classifier(folder)
     right = (classifier.logits(test.images).argmax(1) == test.labels).sum().item()
     assert metrics(folder)["test/accuracy"] == right / len(test.labels) > 0.5
+
+
+# --- corrupted digits -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return ready(validation=0).test.images[:100, 0].numpy()
+
+
+def bars(count):
+    """Upright strokes, 16×3, with their centre in the middle of 28×28 but half a pixel."""
+    digits = np.zeros((count, 28, 28), np.uint8)
+    digits[:, 6:22, 12:15] = 255
+    return digits
+
+
+def means(digits):
+    """The centre of mass (row, column) of each digit."""
+    y, x = np.mgrid[:28, :28]
+    total = digits.sum((1, 2), dtype=float)
+    return np.stack([(digits * y).sum((1, 2)) / total, (digits * x).sum((1, 2)) / total], 1)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corruption_changes_digits_alike_each_time(clean, name):
+    before = clean.copy()
+    corrupted = CORRUPTIONS[name](clean)
+    assert (corrupted.shape, corrupted.dtype) == (clean.shape, np.uint8)
+    assert np.array_equal(clean, before)
+    assert (corrupted != clean).any((1, 2)).mean() > 0.95
+    assert np.array_equal(corrupted, CORRUPTIONS[name](clean))
+    by_chance = name not in ("scale", "brightness", "stripe", "canny_edges")
+    assert np.array_equal(corrupted, CORRUPTIONS[name](clean, seed=1)) != by_chance
+    blank = CORRUPTIONS[name](np.zeros((2, 28, 28), np.uint8))
+    assert blank.any() == (name in ("impulse_noise", "brightness", "stripe", "spatter", "dotted_line", "zigzag"))
+
+
+def test_corruptions_of_single_pixels(clean):
+    shot = CORRUPTIONS["shot_noise"](clean)
+    assert set(np.unique(shot)) == {0, 85, 170, 255}
+    assert not shot[clean == 0].any()
+    grey = np.full((200, 28, 28), 100, np.uint8)
+    impulse = CORRUPTIONS["impulse_noise"](grey)
+    assert np.mean(impulse == 255) == pytest.approx(0.085, abs=0.005)
+    assert np.mean(impulse == 0) == pytest.approx(0.085, abs=0.005)
+    assert np.mean(impulse == 100) == pytest.approx(0.83, abs=0.005)
+    np.testing.assert_allclose(CORRUPTIONS["brightness"](clean), (clean + 127.5).clip(0, 255), atol=0.51)
+    stripe = CORRUPTIONS["stripe"](clean)
+    assert np.array_equal(stripe[:, :, 7:21], clean[:, :, 7:21])
+    assert np.array_equal(stripe[:, :, [0, 6, 21, 27]], 255 - clean[:, :, [0, 6, 21, 27]])
+
+
+def test_corruptions_that_move_digits():
+    digits = bars(20)
+    moves = means(CORRUPTIONS["translate"](digits)) - means(digits)
+    np.testing.assert_allclose(abs(moves), 3)
+    assert {tuple(move) for move in np.sign(moves).tolist()} == {(-1, -1), (-1, 1), (1, -1), (1, 1)}
+    scaled = CORRUPTIONS["scale"](digits)
+    assert (scaled[0, :, 13] > 127).sum() == pytest.approx(0.7 * 16, abs=1)
+    for name, slope in (("rotate", math.tan(0.4)), ("shear", math.tan(0.4))):
+        ink = CORRUPTIONS[name](digits).astype(float)
+        columns = (ink * np.arange(28)).sum(2) / np.maximum(ink.sum(2), 1)  # where the stroke is in each row
+        slopes = (columns[:, 18] - columns[:, 9]) / 9
+        np.testing.assert_allclose(abs(slopes), slope, atol=0.05)
+        assert slopes.min() < 0 < slopes.max()
+
+
+def test_corruptions_that_blur_keep_the_ink():
+    digits = bars(200)
+    for name in ("glass_blur", "motion_blur"):
+        blurred = CORRUPTIONS[name](digits)
+        np.testing.assert_allclose(blurred.sum((1, 2), dtype=float), digits[0].sum(), rtol=0.03)
+    assert means(blurred)[:, 1].max() < 12  # motion smears it to one side
+
+
+def test_corruptions_that_cover_digits(clean):
+    covered = {name: CORRUPTIONS[name](clean).astype(int) for name in ("spatter", "dotted_line", "zigzag")}
+    fog = CORRUPTIONS["fog"](bars(100))  # three parts of cloud to one of the digit
+    assert fog[:, 6:22, 12:15].mean() - fog[:, 6:22, [11, 15]].mean() == pytest.approx(255 / 4, abs=3)
+    assert fog[:, :5].mean() == pytest.approx(0.75 * 255 / 2, rel=0.2)
+    mud = covered["spatter"][clean == 0]
+    assert set(np.unique(mud)) <= {0, *range(50, 64)}
+    assert 0.03 < (mud > 0).mean() < 0.3
+    dots = (covered["dotted_line"] - clean).any((0, 1))
+    assert [*np.flatnonzero(dots)] == [column for column in range(27) if column % 4 in (2, 3)]
+    lines = (covered["zigzag"] - clean).any((0, 1))
+    assert np.flatnonzero(lines)[[0, -1]] == pytest.approx([2, 25], abs=2)
+
+
+def test_canny_edges_are_the_outline():
+    square = np.zeros((1, 28, 28), np.uint8)
+    square[0, 8:20, 8:20] = 255
+    edges = CORRUPTIONS["canny_edges"](square)[0]
+    assert set(np.unique(edges)) == {0, 255}
+    assert not edges[11:17, 11:17].any()
+    assert not edges[:6].any()
+    assert {7, 8} & (found := {*np.flatnonzero(edges[13])})
+    assert {19, 20} & found
+    assert found <= {7, 8, 19, 20}
 
 
 # --- files and mirrors --------------------------------------------------------------------------------------

@@ -259,6 +259,7 @@ class Evaluate(Strict):
     checkpoint: OneOrMany
     split: Literal["test", "validation"]
     calibrate: bool
+    corruptions: Literal["mnist_c"] | None
     data: Source
     accelerator: Accelerator
     probabilities: list[Annotated[int, Field(ge=0)]]
@@ -344,6 +345,21 @@ class Draw(Strict):
 class Import(Strict):
     """The configuration of mnist-import; conf/import.yaml describes each key."""
 
-    keras: Annotated[str, _ending("keras", ".h5", ".hdf5", ".keras")]
+    keras: Annotated[str | None, _ending("keras", ".h5", ".hdf5", ".keras")]
+    torch: Annotated[str | None, _ending("torch", ".pt", ".pth")]
+    architecture: Architecture | None = None
     output: Annotated[str, _ending("output", ".ckpt")]
-    divide_by_255: bool
+    divide_by_255: bool | None
+    mean: float | None
+    std: Annotated[float, Field(gt=0)] | None
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Import:
+        if (self.keras is None) == (self.torch is None):
+            raise ValueError("give keras=FILE or torch=FILE, one of the two")
+        if self.torch and self.architecture is None:
+            raise ValueError(f"torch={self.torch} holds weights only: give architecture=pytorch_example, or your own")
+        other = ("divide_by_255",) if self.torch else ("architecture", "mean", "std")
+        if given := [key for key in other if getattr(self, key) is not None]:
+            raise ValueError(f"{given[0]} goes with {'keras' if self.torch else 'torch'}= alone")
+        return self

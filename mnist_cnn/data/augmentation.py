@@ -100,7 +100,7 @@ def thicker_or_thinner(images: Tensor) -> Tensor:
 TOP, MIDDLE, BOTTOM, LEFT = range(4)  # where a stroke is joined to a digit; left: the top of its left half
 # Strokes that few of MNIST's writers make: label, and from where to where, in pixels right and down of such a place.
 HANDS = (
-    (1, TOP, (0, 0), TOP, (-5, 4)),  # a 1 with a flag
+    (1, TOP, (0, 0), TOP, (-5, 6)),  # a 1 with a flag
     (1, BOTTOM, (-4, 0), BOTTOM, (4, 0)),  # and with a foot
     (4, LEFT, (0, 0), TOP, (0, 0)),  # a 4 that is closed at its top
     (7, MIDDLE, (-4, 0), MIDDLE, (4, 0)),  # a crossed 7

@@ -20,7 +20,7 @@ from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH
 from mnist_cnn.models.checkpoint import Description, find_checkpoint, network_of, read_description, rebuild, trust
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.models.device import find_device
-from mnist_cnn.pictures.digit_image import form_for
+from mnist_cnn.pictures.digit_image import readings_for
 from mnist_cnn.pictures.image_files import read_picture
 
 Picture = str | Path | Image.Image | NDArray[np.generic] | Tensor
@@ -52,6 +52,11 @@ class Classifier:
         return self.description.classes
 
     @property
+    def unsure_below(self) -> float:
+        """The probability below which an answer is no answer: `mnist-evaluate calibrate=true` finds it; else 0."""
+        return max(member.description.unsure_below for member in self.members)
+
+    @property
     def network(self) -> ConvNet:
         """The first network, for those who want its weights; an .onnx file has none."""
         assert self.members[0].network is not None
@@ -81,14 +86,14 @@ class Classifier:
         Args:
             pictures: one or a list of paths, PIL images and arrays (H, W); or a numpy or torch array (H, W),
                 (N, H, W) or (N, 1, 28, 28), numbers in 0–255, or in 0–1 where they are floats. uint8 28×28 in
-                MNIST's form is taken as it is; all else goes through `mnist_form`. Where the network was trained on
-                other data than MNIST, any uint8 28×28 is taken as it is.
+                MNIST's form is taken as it is; all else is seen as the one of its `readings` that the network is
+                surest of. Where the network was trained on other data than MNIST, any uint8 28×28 is taken as it is.
             mode: exact takes uint8 28×28 only, all of it as it is.
 
         Raises:
             UserError: a picture cannot be read, is blank or is noise; the message names it.
         """
-        return torch.softmax(self.logits(self._digits(pictures, mode)), dim=1).numpy()
+        return self._seen(pictures, mode)[1]
 
     def predict(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> list[str]:
         """The most probable class of each picture, by name; arguments and errors as for `probabilities`."""
@@ -103,19 +108,37 @@ class Classifier:
 
     def feature_maps(self, picture: Picture) -> list[NDArray[np.float32]]:
         """What each block of the first network finds in a picture: (filters, height, width) a block, after relu."""
-        return [maps[0].cpu().numpy() for maps in self.network.feature_maps(self._digits(picture))]
+        return [maps[0].cpu().numpy() for maps in self.network.feature_maps(torch.from_numpy(self._seen(picture)[0]))]
 
     def show(self, picture: Picture) -> Image.Image:
         """A picture beside what the network saw of it, and the probabilities as bars; a notebook shows it."""
         from mnist_cnn.inference.plots import png, probability_bars
 
-        digits = self._digits(picture)
-        probabilities = torch.softmax(self.logits(digits), dim=1)[0].tolist()
-        figure = probability_bars(_opened(picture), digits[0, 0].numpy(), probabilities, self.classes)
+        digits, probabilities = self._seen(picture)
+        figure = probability_bars(_opened(picture), digits[0, 0], probabilities[0].tolist(), self.classes)
         return Image.open(io.BytesIO(png(figure)))
 
-    def _digits(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> Tensor:
-        return torch.from_numpy(digit_images(pictures, form_for(self.description.data.name, mode)))
+    def surest(self, pictures: Sequence[Sequence[NDArray[np.uint8]]]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Of each picture's readings, uint8 (28, 28), the one with the greatest probability of a class.
+
+        Returns:
+            the digits seen, uint8 (N, 1, 28, 28), and their probabilities, float32 (N, classes).
+        """
+        forms = [form for readings in pictures for form in readings]
+        digits = np.stack(forms)[:, None] if forms else np.zeros((0, 1, 28, 28), np.uint8)
+        probabilities = torch.softmax(self.logits(torch.from_numpy(digits)), dim=1).numpy()
+        if len(forms) == len(pictures):
+            return digits, probabilities
+        sure, end = probabilities.max(1), np.cumsum([len(readings) for readings in pictures])
+        best = [
+            last - len(each) + sure[last - len(each) : last].argmax() for each, last in zip(pictures, end, strict=True)
+        ]
+        return digits[best], probabilities[best]
+
+    def _seen(
+        self, pictures: Pictures, mode: Literal["any", "exact"] = "any"
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        return self.surest(picture_readings(pictures, readings_for(self.description.data.name, mode)))
 
 
 def mean_logits(logits: Tensor) -> Tensor:
@@ -137,8 +160,10 @@ def shifted(images: Tensor, tta: int) -> list[Tensor]:
     return [padded[..., top : top + height, left : left + width].contiguous() for top, left in corners]
 
 
-def digit_images(pictures: Pictures, form: Callable[[Any], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Pictures, as `Classifier.probabilities` takes them, to uint8 (N, 1, 28, 28), each brought there by `form`.
+def picture_readings(
+    pictures: Pictures, read: Callable[[Any], list[NDArray[np.uint8]]]
+) -> list[list[NDArray[np.uint8]]]:
+    """Pictures, as `Classifier.probabilities` takes them, to the readings of each by `read`, uint8 (28, 28).
 
     Raises:
         UserError: an array has another number of dimensions, or a picture cannot be read; the message names it.
@@ -156,14 +181,14 @@ def digit_images(pictures: Pictures, form: Callable[[Any], NDArray[np.uint8]]) -
         each = [pictures]
     else:
         each = pictures
-    images = np.zeros((len(each), 1, 28, 28), np.uint8)
+    readings = []
     for index, picture in enumerate(each):
         try:
-            images[index, 0] = form(_opened(picture))
+            readings.append(read(_opened(picture)))
         except UserError as error:
             name = str(picture) if isinstance(picture, str | Path) else f"picture {index}"
             raise UserError(f"{name}: {error}") from None
-    return images
+    return readings
 
 
 def _opened(picture: Picture) -> Image.Image | NDArray[Any]:
@@ -249,12 +274,12 @@ def _load_onnx(path: Path, device: torch.device) -> Member:
         # From bytes, so that the file cannot name other files as its weights.
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         content = session.get_modelmeta().custom_metadata_map.get("mnist_cnn")
-        (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()
+        inputs, outputs = session.get_inputs(), session.get_outputs()
     except Exception as error:  # onnxruntime has no common error
         raise UserError(f"{path} is not an ONNX file of mnist-export ({' '.join(str(error).split())[:200]})") from None
 
     def logits(images: Tensor) -> Tensor:
-        (probabilities,) = session.run([outputs.name], {inputs.name: images.cpu().numpy()})
+        (probabilities,) = session.run([outputs[0].name], {inputs[0].name: images.cpu().numpy()})
         return torch.from_numpy(probabilities).log()
 
     return Member(logits, _description_of(path, content), None)

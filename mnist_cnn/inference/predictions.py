@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,27 +17,32 @@ from numpy.typing import NDArray
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.runs.folder import whole
 
+if TYPE_CHECKING:
+    from mnist_cnn.inference.classifier import Classifier
+
 log = logging.getLogger(__name__)
-Prediction = dict[str, Any]  # path, label, probability, one probability a class, top k, error
+Prediction = dict[str, Any]  # path, label, probability, unsure, one probability a class, top k, error
 
 
 @cache
 def _columns(classes: tuple[str, ...], top_k: int) -> list[str]:
     """The columns between path and error."""
     ranked = [f"top {rank} {what}" for rank in range(1, top_k + 1) for what in ("label", "probability")]
-    return ["label", "probability", *(f"probability {name}" for name in classes), *ranked]
+    return ["label", "probability", "unsure", *(f"probability {name}" for name in classes), *ranked]
 
 
 def prediction(
-    path: str, probabilities: NDArray[np.float32] | None, classes: list[str], top_k: int, error: str
+    path: str, probabilities: NDArray[np.float32] | None, classifier: Classifier, top_k: int, error: str
 ) -> Prediction:
     """The row of one picture; `probabilities` (classes,) are None where it could not be read, and `error` says why."""
+    classes = classifier.classes
     columns = _columns(tuple(classes), top_k)
     if probabilities is None:
         return {"path": path, **dict.fromkeys(columns), "error": error}
     values = probabilities.tolist()
     best = values.index(max(values))
-    row: list[Any] = [classes[best], values[best], *values]
+    unsure = "unsure" if values[best] < classifier.unsure_below else None
+    row: list[Any] = [classes[best], values[best], unsure, *values]
     for index in sorted(range(len(values)), key=values.__getitem__, reverse=True)[:top_k] if top_k else ():
         row += [classes[index], values[index]]
     return {"path": path, **dict(zip(columns, row, strict=True)), "error": None}
@@ -65,7 +70,8 @@ class TerminalTable:
         labels = [value for key, value in row.items() if key.startswith("top ") and key.endswith("label")]
         values = [value for key, value in row.items() if key.startswith("top ") and key.endswith("probability")]
         top = " ".join(f"{label:>10} {value:.4f}" for label, value in zip(labels, values, strict=True))
-        return f"{row['path']:<{self.width}}  {row['label']:<5}  {row['probability']:.4f}       {each}  {top}".rstrip()
+        answer = f"{row['label']:<5}  {row['probability']:.4f} {row['unsure'] or '':<6}"
+        return f"{row['path']:<{self.width}}  {answer}{each}  {top}".rstrip()
 
 
 class CsvFile:

@@ -19,7 +19,7 @@ from mnist_cnn.config.settings import DataName, Fraction
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.runs.folder import write_whole
 
-FORMAT = 4  # 2 brought the temperature, 3 convolutions without bias, 4 the name std and the parts that Block names
+FORMAT = 5  # 2 brought the temperature, 3 convolutions without bias, 4 and 5 the parts that Block names, 4 also std
 RENAMED = {f"{part}standard_deviation": f"{part}std" for part in ("network.", "")}  # in formats 1 to 3
 MAXIMUM_CHECKED = 2**28  # bytes of a checkpoint whose checksums are compared; more would take seconds
 MAXIMUM_DESCRIPTION = 16 * 2**20  # bytes of what is not weights
@@ -67,6 +67,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return best
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: give a .ckpt file or a run's folder")
+    if path.suffix in (".h5", ".hdf5", ".keras"):
+        raise UserError(f"{path} is Keras's: mnist-import keras={path} output=model.ckpt makes a checkpoint of it")
     return path
 
 
@@ -85,19 +87,31 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Description]:
         UserError: the file is missing, is cut short, is no checkpoint, or comes from another program.
     """
     path = find_checkpoint(path)
+    content = load_plain(path, "checkpoint of this package")
+    if not isinstance(content, dict) or not isinstance(content.get("mnist_cnn"), dict) or "state_dict" not in content:
+        raise UserError(
+            f"{path} comes from another program: it has no description of an mnist_cnn network; "
+            "mnist-import torch=FILE.pt takes the weights of a plain PyTorch network"
+        )
+    return content, read_description(path, content["mnist_cnn"])
+
+
+def load_plain(path: Path, what: str) -> Any:
+    """What torch.save wrote, if it is tensors, numbers, strings, lists and dicts; nothing in the file is executed.
+
+    Raises:
+        UserError: the file is no whole one of the kind that `what` names.
+    """
     try:
         _refuse_bombs(path)
         # Mapped, a storage cannot be longer than the file, whatever the file says of it.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except MemoryError:
         raise
     except Exception as error:  # torch.load has no one error for a bad file
         first = str(error).strip().splitlines()
         reason = first[0].split(".")[0] if first else type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint of this package and was not loaded ({reason})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("mnist_cnn"), dict) or "state_dict" not in content:
-        raise UserError(f"{path} comes from another program: it has no description of an mnist_cnn network")
-    return content, read_description(path, content["mnist_cnn"])
+        raise UserError(f"{path} is not a whole {what} and was not loaded ({reason})") from None
 
 
 def read_description(path: str | Path, content: Any) -> Description:

@@ -17,16 +17,22 @@ MINIMUM_CONTRAST = 10.0  # the least difference between ink and paper, of 255
 MINIMUM_SIDE = 8  # pixels of a digit's longer side, with its soft edges
 MINIMUM_LIGHT = 30  # of 255: darker paper is too noisy to be corrected for uneven light
 EVEN = 3  # levels by which even paper may differ, as after JPEG
+CLEAR = 0.9  # of the differences' variance between two classes: ink and paper then have a colour each
 STROKE_LEVEL = 0.35  # of full ink: above it a pixel belongs to a stroke
+FAINT_LEVEL = 0.2  # above it a pixel beside a stroke belongs to it
 MINIMUM_COHERENCE = 0.3  # correlation of neighbouring pixels: noise has 0, a digit 0.5 and more
+MAXIMUM_OUTLINE = 0.6  # of the outline of its box that a digit may fill
 SMALL_PART = 0.08  # of the largest part's area: smaller parts are specks
 MAXIMUM_PARTS = 6  # a digit's strokes are never more
+MAXIMUM_PIECES = 25  # nor do they break into more
 BLANK = "there is no digit in it: the picture is blank"
 NOISE = "there is no digit in it: only noise or many things"
 
 
-def find_ink(pixels: NDArray[Any]) -> Ink:
+def find_ink(pixels: NDArray[Any]) -> list[Ink]:
     """Pixels 0–255 (H, W, channels) to ink 0–1, float32 (h, w): the digit and a margin around it, perhaps scaled down.
+
+    Where that is a frame or a block, as a plot's axes are, what lies inside of it comes first.
 
     Raises:
         UserError: the picture is blank, or is noise.
@@ -49,7 +55,17 @@ def find_ink(pixels: NDArray[Any]) -> Ink:
         if -(-side * factor // WORKING_SIZE) < factor:
             pixels = pixels[top * factor : bottom * factor, left * factor : right * factor]
             continue
-        return ink[top:bottom, left:right]
+        rows, columns = (np.flatnonzero((ink > 0.5).any(axis)) for axis in (1, 0))
+        if not _is_frame(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] > 0.5):
+            return [ink[top:bottom, left:right]]
+        (top, bottom), (left, right) = (
+            (part[0] + len(part) // 10 + 1, part[-1] - len(part) // 10) for part in (rows, columns)
+        )
+        try:
+            inside = find_ink(pixels[top * factor : bottom * factor, left * factor : right * factor])
+        except UserError:
+            inside = []
+        return [*inside, ink[box[0][0] : box[0][1], box[1][0] : box[1][1]]]
 
 
 def _crop_to_digit(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -121,17 +137,32 @@ def _paper_colour(pixels: Ink) -> tuple[Ink, bool]:
 
 def _fit_surface(pixels: Ink) -> Ink:
     """The paper's colour at each pixel: the quadratic surface with the least absolute difference, which ink does not
-    move, as it covers few pixels. Fitted by reweighted least squares."""
+    move, as it covers few pixels. Fitted by reweighted least squares; to the paper alone where two colours are clear,
+    as broad strokes in a narrow picture cover much of it."""
     height, width, channels = pixels.shape
     step = max(1, max(height, width) // 32)
     basis = _quadratic_basis(height, width)
     sample, at = pixels[::step, ::step].reshape(-1, channels), basis[::step, ::step].reshape(-1, 6)
+    difference = np.abs(sample - np.median(_border(pixels), axis=0)).max(1)
+    threshold, clear = _otsu(difference)
+    if clear:
+        sample, at = sample[difference <= threshold], at[difference <= threshold]
     weights = np.ones(len(at), np.float32)
     for _ in range(12):
         weighted = at * weights[:, None]
         fit = np.linalg.solve(weighted.T @ at + 1e-4 * np.eye(6, dtype=np.float32), weighted.T @ sample)
         weights = 1 / np.maximum(np.abs(sample - at @ fit).max(1), 1)
     return basis @ fit
+
+
+def _otsu(values: Ink) -> tuple[float, bool]:
+    """Otsu's threshold (1979) between two classes of values, and whether they are clear: far apart for their widths."""
+    counts, edges = np.histogram(values, 64)
+    centres = (edges[1:] + edges[:-1]) / 2
+    below, sums = np.cumsum(counts)[:-1], np.cumsum(counts * centres)
+    between = (sums[-1] * below - sums[:-1] * len(values)) ** 2 / (below * (len(values) - below)) / len(values) ** 2
+    best = int(between.argmax())
+    return float(edges[best + 1]), bool(between[best] >= CLEAR * values.var())
 
 
 def _quadratic_basis(height: int, width: int) -> Ink:
@@ -163,7 +194,7 @@ def _project_on_ink_colour(difference: Ink) -> tuple[Ink, float]:
 def _remove_shadows_and_noise(ink: Ink) -> Ink:
     """Ink less the shadows, which are broader than any stroke, and less the paper's noise."""
     if min(ink.shape) >= 48:  # in a smaller picture strokes are as broad as shadows
-        size = round(0.35 * min(ink.shape))
+        size = round(0.35 * max(ink.shape))
         ink = ink - ndimage.grey_opening(ndimage.uniform_filter(ink, 3), size)
     floor = float(np.median(ink))
     noise = 1.4826 * float(np.median(np.abs(ink - floor)))
@@ -180,11 +211,19 @@ def _strokes(ink: Ink) -> NDArray[np.bool_]:
     """
     mask = ink > STROKE_LEVEL
     if _coherence(mask) < MINIMUM_COHERENCE:
-        raise UserError(NOISE)
-    labels, count = ndimage.label(mask, np.ones((3, 3)))
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    sizes[0] = 0
-    for index in range(1, count + 1) if count < 50 else ():
+        mask = _without_specks(mask)
+        if not mask.any() or _coherence(mask) < MINIMUM_COHERENCE:
+            raise UserError(NOISE)
+        faint = mask
+    else:
+        faint = ink > FAINT_LEVEL
+    labels, sizes = _parts(faint, mask)
+    if reach := max(mask.shape) // 64:  # parts of a broken stroke are nearer than that
+        if (sizes >= SMALL_PART * sizes.max()).sum() > MAXIMUM_PIECES:
+            raise UserError(NOISE)
+        labels, sizes = _parts(ndimage.binary_dilation(faint, iterations=reach), mask)
+        labels *= faint
+    for index in range(1, len(sizes)) if len(sizes) <= 50 else ():
         sizes[index] *= not _frames_the_picture(labels == index)
     sizes[_along_the_edge(labels, sizes)] = 0
     if not sizes.any():
@@ -193,6 +232,20 @@ def _strokes(ink: Ink) -> NDArray[np.bool_]:
     if kept.sum() > MAXIMUM_PARTS:
         raise UserError(NOISE)
     return kept[labels]
+
+
+def _parts(mask: NDArray[np.bool_], counted: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Labels of a mask's components, 0 outside of it, and how many pixels of `counted` each has."""
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    sizes = np.bincount(labels[counted], minlength=count + 1)
+    sizes[0] = 0
+    return labels, sizes
+
+
+def _without_specks(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """A mask without its parts of one or two pixels."""
+    labels, sizes = _parts(mask, mask)
+    return (sizes > 2)[labels]
 
 
 def _along_the_edge(labels: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.bool_]:
@@ -212,6 +265,12 @@ def _frames_the_picture(part: NDArray[np.bool_]) -> bool:
     """Whether a component covers half of two sides of the picture or more: a frame, a table, a shadow."""
     sides = (part[0], part[-1], part[:, 0], part[:, -1])
     return sum(side.mean() > 0.5 for side in sides) >= 2
+
+
+def _is_frame(mask: NDArray[np.bool_]) -> bool:
+    """Whether a thing, cut to its box, fills most of the box's outline: of MNIST's digits none fills more than 0.53."""
+    outline = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+    return min(mask.shape) > 0.45 * max(mask.shape) and bool(outline.mean() > MAXIMUM_OUTLINE)
 
 
 def _coherence(mask: NDArray[np.bool_]) -> float:

@@ -41,7 +41,7 @@ SCHEMAS: dict[str, type[Strict]] = {
     "sweep": SweepSettings,
 }
 PATHS = {"checkpoint", "images", "initialize", "resume", "multirun.resume", "data.root"}
-NEW_PATHS = {"output", "grid", "folder", "keras", "hydra.run.dir", "hydra.sweep.dir"}  # they need not be there yet
+NEW_PATHS = {"output", "grid", "folder", "keras", "torch", "hydra.run.dir", "hydra.sweep.dir"}  # need not be there
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # of a log in a file, as in conf/base.yaml
