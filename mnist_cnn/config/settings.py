@@ -309,14 +309,15 @@ class Predict(Strict):
         return self
 
 
-EXPORTS = {".onnx": "onnx", ".pt2": "torch_export", ".safetensors": "safetensors"}  # by a file's ending
+# By a file's ending.
+EXPORTS = {".onnx": "onnx", ".pt2": "torch_export", ".safetensors": "safetensors", ".html": "html"}
 
 
 class Export(Strict):
     """The configuration of mnist-export; conf/export.yaml describes each key."""
 
     checkpoint: NonEmpty
-    format: Literal["onnx", "torch_export", "safetensors"]
+    format: Literal["onnx", "torch_export", "safetensors", "html"]
     output: Annotated[str, _ending("output", *EXPORTS)]
     modules: list[NonEmpty]
 
@@ -333,6 +334,12 @@ class Export(Strict):
         if Path(self.output).suffix != ending:
             raise ValueError(f"output={self.output}: must end in {ending} for format={self.format}")
         return self
+
+
+class Draw(Strict):
+    """The configuration of mnist-draw; conf/draw.yaml describes each key."""
+
+    checkpoint: NonEmpty
 
 
 class Import(Strict):

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.config.schema import RunError, Strict, UserError, validated
-from mnist_cnn.config.settings import Evaluate, Export, Import, Predict, Train
+from mnist_cnn.config.settings import Draw, Evaluate, Export, Import, Predict, Train
 from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.errors import in_one_line, refuse
 from mnist_cnn.runs.folder import claim, discard, override_key, read_run, release_all, versions, write_whole
@@ -36,6 +36,7 @@ SCHEMAS: dict[str, type[Strict]] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "export": Export,
+    "draw": Draw,
     "import": Import,
     "sweep": SweepSettings,
 }
