@@ -156,7 +156,11 @@ def _otsu(values: Ink) -> tuple[float, bool]:
     counts, edges = np.histogram(values, 64)
     centres = (edges[1:] + edges[:-1]) / 2
     below, sums = np.cumsum(counts)[:-1], np.cumsum(counts * centres)
-    between = (sums[-1] * below - sums[:-1] * len(values)) ** 2 / (below * (len(values) - below)) / len(values) ** 2
+    between = (
+        (sums[-1] * below - sums[:-1] * len(values)) ** 2
+        / np.maximum(below * (len(values) - below), 1)
+        / len(values) ** 2
+    )
     best = int(between.argmax())
     return float(edges[best + 1]), bool(between[best] >= CLEAR * values.var())
 
@@ -179,10 +183,12 @@ def _project_on_ink_colour(difference: Ink) -> tuple[Ink, float]:
     strong = size >= 0.5 * strongest
     # Only pixels on one side of the paper: what is darker and what is brighter must not cancel out.
     first = flat[strong][np.argmax(size[strong])]
-    sides = flat[strong] @ first
-    side = sides > 0 if np.count_nonzero(sides > 0) * 2 >= len(sides) else sides < 0
+    side = flat[strong] @ first >= 0
+    side = side if side.mean() >= 0.5 else ~side
     direction = flat[strong][side].mean(0)
-    along = flat @ direction / max(float(np.sqrt(direction @ direction)), 1e-6)
+    along = flat @ direction
+    # Ink of another colour, if on the same side, is as full by its own distance from the paper.
+    along = np.where(along > 0, np.sqrt((flat * flat).sum(1)), along / max(float(np.sqrt(direction @ direction)), 1e-6))
     full = float(np.percentile(along[strong][side], 90))
     return (along / max(full, 1e-6)).reshape(difference.shape[:2]), full
 
@@ -192,8 +198,9 @@ def _remove_shadows_and_noise(ink: Ink) -> Ink:
     if min(ink.shape) >= 48:  # in a smaller picture strokes are as broad as shadows
         size = round(0.35 * max(ink.shape))
         ink = ink - ndimage.grey_opening(ndimage.uniform_filter(ink, 3), size)
-    floor = float(np.median(ink))
-    noise = 1.4826 * float(np.median(np.abs(ink - floor)))
+    paper = ink[ink <= STROKE_LEVEL]
+    floor = float(np.median(paper))
+    noise = 1.4826 * float(np.median(np.abs(paper - floor)))
     floor += min(2 * noise, 0.3)
     full = float(np.percentile(ink[ink > STROKE_LEVEL], 90)) if (ink > STROKE_LEVEL).any() else 1.0
     return ((ink - floor) / max(full - floor, 1e-6)).astype(np.float32)
