@@ -203,7 +203,7 @@ def claim(folder: Path, by_user: bool = False, check: Callable[[Path], None] = r
             created = True
         except OSError as error:
             created = False
-            if error.errno != errno.EEXIST or candidate.is_file():
+            if error.errno != errno.EEXIST or (candidate.exists() and not candidate.is_dir()):
                 remedy = "choose another folder by hydra.run.dir=FOLDER, for a sweep by hydra.sweep.dir=FOLDER"
                 raise unwritable(candidate, error, remedy) from None
         if not created and not by_user:

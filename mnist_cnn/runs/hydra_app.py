@@ -11,6 +11,7 @@ import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -278,7 +279,8 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     for key, word in zip(given, known.overrides, strict=True):
         if given.count(key) > 1 and re.search(r"=\[?\w+:[^/\\]", word):  # as bash makes of [{filters:32,kernel:3}]
             refuse(f"{word}: the shell has taken it apart: put the whole of {key}=… in single quotes")
-        if given.count(key) > 1 and known.multirun:  # as bash makes of seed={1,2}: only the last would be a job
+    for key, following in pairwise(given):
+        if key == following and known.multirun:  # as bash makes of seed={1,2}: only the last would be a job
             refuse(f"{key} is given {given.count(key)} times: the values of a sweep stand together, as in seed=1,2,3")
     # argparse takes overrides in one place only; users write flags anywhere between them.
     sys.argv[1:] = [word for word in words if word not in known.overrides] + known.overrides
