@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Export
-from mnist_cnn.runs.folder import whole
+from mnist_cnn.runs.folder import whole, writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def export(config: Export) -> Path:
 
     trust(config.modules)
     network, description = rebuild(config.checkpoint)
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = writable(config.output)
     writers = {"onnx": write_onnx, "torch_export": write_torch_export, "safetensors": write_safetensors}
     with whole(output) as temporary:
         try:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Import
+from mnist_cnn.runs.folder import writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def import_keras(config: Import) -> Path:
     """
     from mnist_cnn.models.keras_file import read_keras
 
-    path, output = Path(config.keras), Path(config.output)
+    path, output = Path(config.keras), writable(config.output)
     if not path.is_file():
         raise UserError(f"keras={path} does not exist: give a .h5 or .keras file")
     write_checkpoint(read_keras(path, config.divide_by_255), output)
@@ -66,7 +67,6 @@ def write_checkpoint(imported: ImportedNetwork, output: Path) -> None:
         "data": {"name": "mnist", "validation": 0, "validation_from": "last", "normalization": "unit", "seed": 0},
         "versions": versions(),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_weights(output, validated(Description, description), network)
 
 

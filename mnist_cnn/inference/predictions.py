@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.runs.folder import whole
+from mnist_cnn.runs.folder import whole, writable
 
 log = logging.getLogger(__name__)
 Prediction = dict[str, Any]  # path, label, probability, one probability a class, top k, error
@@ -151,8 +151,7 @@ def prediction_writer(output: str | None) -> Iterator[Writer]:
     if output is None:
         yield TerminalTable()
         return
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = writable(output)
     with whole(path) as temporary:
         file = FILES[path.suffix](temporary)
         try:
