@@ -82,7 +82,7 @@ def predict(config: Predict) -> None:
             failed += report_errors(digits)
             count += len(digits)
             drawn += [
-                (one.thumbnail, digit, f"{row['label']}  {row['probability']:.1%}")
+                (one.thumbnail, digit, f"{row['label']}  {row['probability']:.1%}  {row['unsure'] or ''}".rstrip())
                 for one, digit, row in zip(digits, seen, rows, strict=True)
                 if one.thumbnail is not None
             ]
