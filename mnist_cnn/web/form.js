@@ -1,6 +1,7 @@
 "use strict";
 // A drawing to what the network sees. The same steps as pictures/ink.py and pictures/digit_image.py take where the paper
-// is even; tests compare them. Ink is a Float64Array, one number a pixel of a square of SIZE × SIZE.
+// is even; tests compare them. Ink and masks are Float64Arrays, one number a pixel of a square of SIZE × SIZE, with nothing
+// along its edge.
 
 const SIZE = 192; // pictures/ink.py looks at pictures of this size as they are
 const DIGIT_SIZE = 20; // the digit's longer side, in pixels of 28×28
@@ -27,10 +28,15 @@ function quantile(sorted, fraction) {
 function dilate(mask, times) {
   for (; times > 0; times--) {
     const before = mask;
-    mask = before.map((value, i) => value | before[i - 1] | before[i + 1] | before[i - SIZE] | before[i + SIZE]);
+    mask = before.slice();
+    for (let i = SIZE; i < mask.length - SIZE; i++) {
+      if (before[i - 1] || before[i + 1] || before[i - SIZE] || before[i + SIZE]) mask[i] = 1;
+    }
   }
   return mask;
 }
+
+const NEIGHBOURS = [-SIZE - 1, -SIZE, 1 - SIZE, -1, 1, SIZE - 1, SIZE, SIZE + 1];
 
 /** Labels of a mask's parts, from 1, and how many pixels of `counted` each has. */
 function parts(mask, counted) {
@@ -44,7 +50,7 @@ function parts(mask, counted) {
     while (open.length) {
       const at = open.pop();
       sizes[label] += counted[at];
-      for (const step of [-SIZE - 1, -SIZE, 1 - SIZE, -1, 1, SIZE - 1, SIZE, SIZE + 1]) {
+      for (const step of NEIGHBOURS) {
         if (mask[at + step] && !labels[at + step]) {
           labels[at + step] = label;
           open.push(at + step);
@@ -61,13 +67,13 @@ function digitInk(pixels) {
   if (inked.length < 4) return null;
   const full = quantile(inked.filter((value) => value >= inked.at(-4) / 2), 0.9);
   const ink = pixels.map((value) => value / full);
-  const mask = Uint8Array.from(ink, (value) => value > STROKE_LEVEL);
-  const faint = Uint8Array.from(ink, (value) => value > FAINT_LEVEL);
+  const mask = ink.map((value) => (value > STROKE_LEVEL ? 1 : 0));
+  const faint = ink.map((value) => (value > FAINT_LEVEL ? 1 : 0));
   const { labels, sizes } = parts(dilate(faint, REACH), mask);
   const least = SMALL_PART * Math.max(...sizes);
-  const kept = sizes.map((size) => size > 0 && size >= least);
+  const kept = sizes.map((size) => (size > 0 && size >= least ? 1 : 0));
   if (kept.filter(Boolean).length > MAXIMUM_PARTS) return null;
-  const near = dilate(faint.map((value, i) => value && kept[labels[i]]), 2);
+  const near = dilate(faint.map((value, i) => value * kept[labels[i]]), 2);
   return ink.map((value, i) => (near[i] ? Math.min(value, 1) : 0));
 }
 

@@ -52,7 +52,7 @@ function paint(context, start, size, colour) {
 function drawing() {
   paint(hiddenContext, 0, SIZE, "#fff");
   const { data } = hiddenContext.getImageData(0, 0, SIZE, SIZE);
-  return Float64Array.from({ length: SIZE * SIZE }, (_, i) => data[4 * i + 3]);
+  return new Float64Array(SIZE * SIZE).map((_, i) => data[4 * i + 3]);
 }
 
 function place(event) {
