@@ -57,7 +57,7 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, Any]:
     logits = mean_logits(member_logits)  # (N, classes)
     scores = score(logits, digits.labels)
     if config.calibrate:
-        calibrate(config.checkpoint[0], classifier, digits, member_logits, scores.calibration_error)
+        calibrate(config, classifier, digits, member_logits, scores.calibration_error)
 
     probabilities = torch.softmax(logits.double(), dim=1)
     corruptions = {}
@@ -162,15 +162,15 @@ def print_results(config: Evaluate, digits: Digits, classes: list[str], probabil
 
 
 def calibrate(
-    checkpoint: str, classifier: Classifier, digits: Digits, member_logits: Tensor, error_before: float
+    config: Evaluate, classifier: Classifier, digits: Digits, member_logits: Tensor, error_before: float
 ) -> Path:
     """Fit a temperature and the probability that is sure, and write both into a new checkpoint, NAME_calibrated.ckpt.
 
-    One temperature leaves the accuracy as it is (Guo et al., On Calibration of Modern Neural Networks, 2017). From the
-    probability on, 99.9 % of answers are right, on the digits and on MNIST-C's corruptions of them.
+    One temperature leaves the accuracy as it is (Guo et al., On Calibration of Modern Neural Networks, 2017). It is
+    fitted on the digits, and with `corruptions` on these too. From the probability on, 99.9 % of answers are right, on
+    the digits and on MNIST-C's corruptions of them.
 
     Args:
-        checkpoint: which `classifier` was loaded from.
         digits: of the validation.
         member_logits: (tta, N, classes), of these digits, divided by the checkpoint's temperature.
         error_before: the calibration error without the new temperature, for the log.
@@ -183,16 +183,17 @@ def calibrate(
     from mnist_cnn.models.checkpoint import find_checkpoint, rebuild, save_weights
     from mnist_cnn.pictures.digit_image import IN_MNIST_FORM
 
-    path = find_checkpoint(checkpoint)
+    path = find_checkpoint(config.checkpoint[0])
     network, description = rebuild(path)
-    factor = fit_temperature(member_logits, digits.labels)
-    logits = [mean_logits(member_logits / factor)]
-    error = score(logits[0], digits.labels).calibration_error
-    if description.data.name in IN_MNIST_FORM:
+    everything = [member_logits]
+    if description.data.name in IN_MNIST_FORM or config.corruptions:
         images = digits.images[:, 0].numpy()
         corrupted = (torch.from_numpy(corrupt(images))[:, None] for corrupt in CORRUPTIONS.values())
-        logits += [mean_logits(classifier.member_logits(each) / factor) for each in corrupted]
-    sure = sure_from(torch.cat(logits), digits.labels.repeat(len(logits)))
+        everything += [classifier.member_logits(each) for each in corrupted]
+    fitted = everything if config.corruptions else [member_logits]
+    factor = fit_temperature(torch.cat(fitted, 1), digits.labels.repeat(len(fitted)))
+    error = score(mean_logits(member_logits / factor), digits.labels).calibration_error
+    sure = sure_from(mean_logits(torch.cat(everything, 1) / factor), digits.labels.repeat(len(everything)))
     found = {"temperature": description.temperature * factor, "unsure_below": sure}
     new = path.with_name(f"{path.stem}_calibrated.ckpt")
     save_weights(new, description.model_copy(update=found), network)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Export
-from mnist_cnn.runs.folder import whole
+from mnist_cnn.runs.folder import whole, writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:
@@ -50,13 +50,12 @@ def export(config: Export) -> Path:
     from mnist_cnn.inference.page import write_page
     from mnist_cnn.models.checkpoint import rebuild, trust
 
-    output = Path(config.output)
+    output = writable(config.output)
     if config.format == "html":
         write_page(config.checkpoint, output)
         return output
     trust(config.modules)
     network, description = rebuild(config.checkpoint)
-    output.parent.mkdir(parents=True, exist_ok=True)
     writers = {"onnx": write_onnx, "torch_export": write_torch_export, "safetensors": write_safetensors}
     with whole(output) as temporary:
         try:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Import
+from mnist_cnn.runs.folder import writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def import_network(config: Import) -> Path:
     from mnist_cnn.models.checkpoint import save_weights, trust
     from mnist_cnn.models.torch_file import read_state_dict
 
-    path, output = Path(config.keras or config.torch or ""), Path(config.output)
+    path, output = Path(config.keras or config.torch or ""), writable(config.output)
     if not path.is_file():
         key, kind = ("keras", ".h5 or .keras") if config.keras else ("torch", ".pt or .pth")
         raise UserError(f"{key}={path} does not exist: give a {kind} file")
@@ -59,7 +60,6 @@ def import_network(config: Import) -> Path:
                 "warning: only %.0f %% of scikit-learn's digits are right: look at mean, std, activations and pooling",
                 100 * right,
             )
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_weights(output, description, network)
     log.info("%s", output)
     return output

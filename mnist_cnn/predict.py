@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Predict
+from mnist_cnn.runs.folder import writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def predict(config: Predict) -> None:
         SystemExit: with status 1, a picture could not be read; the others were classified.
     """
     refuse_missing(config.images)
+    grid = writable(config.grid) if config.grid else None  # before any picture is read
 
     import torch
     from tqdm import tqdm
@@ -73,20 +75,20 @@ def predict(config: Predict) -> None:
     bar = tqdm(unit=" pictures", disable=None, leave=False)  # on a terminal only
     with bar, prediction_writer(config.output) as writer:
         while batch := list(islice(pictures, BATCH)):
-            drawing = GRID - len(drawn) if config.grid else 0
+            drawing = GRID - len(drawn) if grid else 0
             digits = [read_digit(source, read, index < drawing) for index, source in enumerate(batch)]
             rows, seen = classify_batch(digits, classifier, config.top_k)
             writer.write(rows)
             failed += report_errors(digits)
             count += len(digits)
             drawn += [
-                (one.thumbnail, digit, f"{row['label']}  {row['probability']:.1%}")
+                (one.thumbnail, digit, f"{row['label']}  {row['probability']:.1%}  {row['unsure'] or ''}".rstrip())
                 for one, digit, row in zip(digits, seen, rows, strict=True)
                 if one.thumbnail is not None
             ]
             bar.update(len(batch))
-    if config.grid:
-        draw_grid(drawn, count, Path(config.grid))
+    if grid:
+        draw_grid(drawn, count, grid)
     if failed and not config.skip_errors:
         raise SystemExit(1)
 
@@ -102,7 +104,7 @@ def refuse_missing(images: list[str]) -> None:
 
 def read_digit(source: PictureSource, read: Callable[[Any], list[NDArray[np.uint8]]], drawing: bool) -> DigitRead:
     """Read a picture and bring it to what a network may see by `read`, or keep the error."""
-    name = source.name.encode(errors="backslashreplace").decode()  # bytes that are no UTF-8 fit into no table
+    name = source.name.encode(errors="surrogateescape").decode(errors="backslashreplace")  # bytes that are no UTF-8
     try:
         picture = source.read()
         return DigitRead(name, read(picture), "", thumbnail(picture) if drawing else None)

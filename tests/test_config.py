@@ -279,6 +279,7 @@ def spaces(path, run_folder):
     """Search spaces of one line each, as own options of the group sweep."""
     (path / "experiment").mkdir(parents=True)
     (path / "experiment" / "mine.yaml").write_text("optimizer: {lr: 0.1}\n")
+    (path / "experiment" / "chosen.yaml").write_text("defaults: [{override /optimizer: sgd}]\n")
     number = "{type: float, low: 0.1, high: 0.2}"
     lines = {
         "kind": "optimizer.lr: {type: flaot, low: 1, high: 2}",
@@ -412,6 +413,30 @@ TABLE = [
     (f"{TRAIN} model=conv10", 2, ["did you mean architecture?"]),
     (f"{TRAIN} dataset=mnist", 2, ["did you mean data?"]),
     (f"{TRAIN} max_epochs=3", 2, ["did you mean epochs?"]),
+    (f"{TRAIN} optimizer.Learning-Rate=3", 2, ["did you mean optimizer.lr?"]),
+    (f"{TRAIN} optimizer=ADAMW", 2, ["did you mean adamw?"]),
+    (f"{TRAIN} activation=relu", 2, ["did you mean architecture.activation?"]),
+    (f"{TRAIN} arch=conv10", 2, ["did you mean architecture?"]),
+    (f"{TRAIN} num_workers=4", 2, ["unknown key num_workers; mnist-train --help lists them"]),
+    (f"{TRAIN} checkpoint=RUN", 2, ["start from it by initialize=, or continue its run by resume="]),
+    (f"{PREDICT}RUN model=x", 2, ["unknown key model; did you mean checkpoint?"]),
+    (f"{EVALUATE}RUN batch_size=8", 2, ["unknown key batch_size; mnist-evaluate --help lists them"]),
+    (f"{TRAIN} logger=[csv,tensorbord]", 2, ["logger=tensorbord: no such option; did you mean tensorboard?"]),
+    (f"{TRAIN} callbacks.early_stopping.patience=3", 2, ["it comes with callbacks=early_stopping: give that as well"]),
+    (f"{TRAIN} architecture.blocks.0.dropout=0.5", 2, ["add it by +architecture.blocks.0.dropout=…"]),
+    (f"{TRAIN} architecture.blocks.0.filter=3", 2, ["unknown key architecture.blocks.0.filter; did you mean filters?"]),
+    (f"{TRAIN} architecture.blocks.filters=3", 2, ["a list's items have numbers"]),
+    (f"{TRAIN} 'architecture.dense={{units:64}}'", 2, ["put brackets around it, as in architecture.dense=[{…}]"]),
+    (f"{TRAIN} architecture.dense=units:64 architecture.dense=dropout:0.5", 2, ["single quotes"]),
+    (f"{TRAIN} epochs = 3", 2, ["epochs: expected key=value, without spaces, as in epochs=3"]),
+    (f"{TRAIN} -m seed=1, 2", 2, ["seed=1,: the shell has taken it apart"]),
+    (f"{TRAIN} -m seed=1 seed=2", 2, ["seed is given 2 times: the values of a sweep stand together"]),
+    ("mnist-train --config-dir spaces experiment=chosen", 2, ["must be: # @package _global_"]),
+    ("mnist-train experiment=mine/own.yaml", 2, ["your own file is an option by --config-dir FOLDER"]),
+    (f"{TRAIN} hydra.run.dir=text.png", 2, ["text.png cannot be written (File exists)", "hydra.run.dir=FOLDER"]),
+    (f"{IMAGES}text.png grid=/dev/null/x.png", 2, ["/dev/null/x.png cannot be written"]),
+    (f"{EXPORT}RUN output=/dev/null/x.onnx", 2, ["/dev/null/x.onnx cannot be written"]),
+    (f"{IMAGES}七.png", 2, ["七.png does not exist: give a picture"]),
     (f"{TRAIN} trainer.zzz=1", 2, ["unknown key trainer.zzz; trainer has ", "gradient_clip_val", "max_time"]),
     (f"{TRAIN} hparams_search=mnist", 2, ["searches are mnist-sweep's"]),
     (f"{TRAIN} hydra/sweeper=optuna", 2, ["hydra/sweeper/optuna: no such sweeper: searches are mnist-sweep's"]),

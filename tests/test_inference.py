@@ -236,20 +236,27 @@ def test_a_name_may_have_any_letters_and_signs(run, trained, folder, monkeypatch
         ended = run("mnist-predict", f"checkpoint={checkpoint}", *words)
         assert (ended.status, ended.err) == (0, "")
     rows = list(csv.DictReader((folder / "数字=1, é.csv").open(encoding="utf-8")))
-    assert [row["path"] for row in rows] == ["0.png", "caf\\udce9.png", "七 =1.png"]
+    assert [row["path"] for row in rows] == ["0.png", "caf\\xe9.png", "七 =1.png"]
+    ended = run("mnist-predict", "checkpoint=[~/back\\slash,back\\slash]", "images=[七 =1.png, ~/0.png]")
+    assert (ended.status, ended.err) == (0, "")
+    assert run("mnist-predict", "checkpoint=back\\slash", "images=七*.png").out.count("png") == 1
     assert (folder / "out" / "图.png").is_file()
 
 
 def test_a_folders_hidden_files_are_left_out_and_others_counted(run, trained, folder):
     picture = Image.open(folder / "0.png")
-    for name in ("0.png", "8.jfif", "._0.png", "__MACOSX/1.png", ".ipynb_checkpoints/2.png", "seven.heic", "noending"):
+    formats = {"1.jfif": "JPEG", "2.pgm": "PPM", "3.jp2": "JPEG2000", "noending": "JPEG"}
+    hidden = ("._0.png", "__MACOSX/1.png", ".ipynb_checkpoints/2.png")
+    for name in ("0.png", *formats, *hidden, "seven.heic"):
         place = folder / "photos" / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(place, "JPEG" if name == "8.jfif" else "PNG")
+        picture.save(place, formats.get(name, "PNG"))
+    (folder / "photos" / "LICENSE").write_text("no picture")
     ended = run("mnist-predict", f"checkpoint={trained}", "images=photos", "output=out.csv")
     assert ended.status == 0
-    assert ended.err == "warning: 2 files are no pictures by the ending and left out: photos/noending\n"
-    assert [row["path"] for row in csv.DictReader((folder / "out.csv").open())] == ["photos/0.png", "photos/8.jfif"]
+    assert ended.err == "warning: left out as no picture: 2 files (.heic, no ending), such as photos/LICENSE\n"
+    read = [row["path"] for row in csv.DictReader((folder / "out.csv").open())]
+    assert read == [f"photos/{name}" for name in ("0.png", *formats)]
 
 
 def test_the_terminal_shows_an_error_once(run, trained, folder):

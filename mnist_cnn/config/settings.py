@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,7 +83,7 @@ def _own_name(data: Any) -> Any:
 def _given(root: Any) -> Any:
     if root is None:
         raise ValueError("data.root is missing; give data.root=FOLDER")
-    return str(Path(root).expanduser()) if isinstance(root, str) and root.startswith("~") else root
+    return os.path.expanduser(root) if isinstance(root, str) else root  # noqa: PTH111 — `~x` may be a folder
 
 
 class Augmentation(Strict):
@@ -153,6 +154,13 @@ Tta = Literal[1, 5, 9]  # test-time augmentation: how many shifts of a digit are
 class Checkpointing(Strict):
     every_seconds: int | float = Field(gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_how_to_write(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"checkpoint={value}: start from it by initialize=, or continue its run by resume=")
+        return value
+
 
 class Multirun(Strict):
     resume: str | None = None
@@ -194,6 +202,9 @@ def _trainer(flags: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
+EXPERIMENT = "experiment: the first line of its file must be: # @package _global_"
+
+
 class Train(Strict):
     """The configuration of mnist-train; conf/train.yaml describes each key."""
 
@@ -202,7 +213,7 @@ class Train(Strict):
     schedule: Schedule
     accelerator: TrainingAccelerator
     data: Annotated[Data, BeforeValidator(_own_name)]
-    logger: dict[str, Instantiable] | None  # by their names
+    logger: dict[str, Instantiable] | None = None  # by their names
     # Flags of pl.Trainer; conf/trainer/default.yaml has them.
     trainer: Annotated[Instantiable, AfterValidator(_trainer)] = Field(default_factory=dict)
     callbacks: dict[str, Instantiable] = Field(default_factory=dict)
@@ -228,7 +239,7 @@ class Train(Strict):
     @classmethod
     def _experiment_is_global(cls, config: Any) -> Any:
         if isinstance(config, dict) and isinstance(config.get("experiment"), dict):
-            raise ValueError("experiment: the first line of its file must be: # @package _global_")
+            raise ValueError(EXPERIMENT)
         return config
 
 

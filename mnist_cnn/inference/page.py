@@ -54,7 +54,6 @@ def write_page(checkpoint: str, output: Path) -> None:
     difference = float((probabilities(shown) - probabilities(network.eval())).abs().max())
     if not difference < TOLERANCE:
         shown, half = folded(network, half=False), False
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, page(shown, description, half))
     log.info("%s, with weights of %s", output, "float16" if half else "float32")
 

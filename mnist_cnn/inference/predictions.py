@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.runs.folder import whole
+from mnist_cnn.runs.folder import whole, writable
 
 if TYPE_CHECKING:
     from mnist_cnn.inference.classifier import Classifier
@@ -157,8 +157,7 @@ def prediction_writer(output: str | None) -> Iterator[Writer]:
     if output is None:
         yield TerminalTable()
         return
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = writable(output)
     with whole(path) as temporary:
         file = FILES[path.suffix](temporary)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ CLEAR = 0.9  # of the differences' variance between two classes: ink and paper t
 STROKE_LEVEL = 0.35  # of full ink: above it a pixel belongs to a stroke
 FAINT_LEVEL = 0.2  # above it a pixel beside a stroke belongs to it
 MINIMUM_COHERENCE = 0.3  # correlation of neighbouring pixels: noise has 0, a digit 0.5 and more
-MAXIMUM_OUTLINE = 0.6  # of the outline of its box that a digit may fill
+MINIMUM_OUTLINE = 0.85  # of a box's outline: a frame fills more
 SMALL_PART = 0.08  # of the largest part's area: smaller parts are specks
 MAXIMUM_PARTS = 6  # a digit's strokes are never more
 MAXIMUM_PIECES = 25  # nor do they break into more
@@ -55,17 +56,12 @@ def find_ink(pixels: NDArray[Any]) -> list[Ink]:
         if -(-side * factor // WORKING_SIZE) < factor:
             pixels = pixels[top * factor : bottom * factor, left * factor : right * factor]
             continue
-        rows, columns = (np.flatnonzero((ink > 0.5).any(axis)) for axis in (1, 0))
-        if not _is_frame(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] > 0.5):
-            return [ink[top:bottom, left:right]]
-        (top, bottom), (left, right) = (
-            (part[0] + len(part) // 10 + 1, part[-1] - len(part) // 10) for part in (rows, columns)
-        )
-        try:
-            inside = find_ink(pixels[top * factor : bottom * factor, left * factor : right * factor])
-        except UserError:
-            inside = []
-        return [*inside, ink[box[0][0] : box[0][1], box[1][0] : box[1][1]]]
+        inks = [ink[top:bottom, left:right]]
+        if frame := _find_frame(ink > STROKE_LEVEL):
+            (top, bottom), (left, right) = frame
+            with suppress(UserError):
+                inks = find_ink(pixels[top * factor : bottom * factor, left * factor : right * factor]) + inks
+        return inks
 
 
 def _crop_to_digit(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -160,7 +156,11 @@ def _otsu(values: Ink) -> tuple[float, bool]:
     counts, edges = np.histogram(values, 64)
     centres = (edges[1:] + edges[:-1]) / 2
     below, sums = np.cumsum(counts)[:-1], np.cumsum(counts * centres)
-    between = (sums[-1] * below - sums[:-1] * len(values)) ** 2 / (below * (len(values) - below)) / len(values) ** 2
+    between = (
+        (sums[-1] * below - sums[:-1] * len(values)) ** 2
+        / np.maximum(below * (len(values) - below), 1)
+        / len(values) ** 2
+    )
     best = int(between.argmax())
     return float(edges[best + 1]), bool(between[best] >= CLEAR * values.var())
 
@@ -183,10 +183,12 @@ def _project_on_ink_colour(difference: Ink) -> tuple[Ink, float]:
     strong = size >= 0.5 * strongest
     # Only pixels on one side of the paper: what is darker and what is brighter must not cancel out.
     first = flat[strong][np.argmax(size[strong])]
-    sides = flat[strong] @ first
-    side = sides > 0 if np.count_nonzero(sides > 0) * 2 >= len(sides) else sides < 0
+    side = flat[strong] @ first >= 0
+    side = side if side.mean() >= 0.5 else ~side
     direction = flat[strong][side].mean(0)
-    along = flat @ direction / max(float(np.sqrt(direction @ direction)), 1e-6)
+    along = flat @ direction
+    # Ink of another colour, if on the same side, is as full by its own distance from the paper.
+    along = np.where(along > 0, np.sqrt((flat * flat).sum(1)), along / max(float(np.sqrt(direction @ direction)), 1e-6))
     full = float(np.percentile(along[strong][side], 90))
     return (along / max(full, 1e-6)).reshape(difference.shape[:2]), full
 
@@ -196,8 +198,9 @@ def _remove_shadows_and_noise(ink: Ink) -> Ink:
     if min(ink.shape) >= 48:  # in a smaller picture strokes are as broad as shadows
         size = round(0.35 * max(ink.shape))
         ink = ink - ndimage.grey_opening(ndimage.uniform_filter(ink, 3), size)
-    floor = float(np.median(ink))
-    noise = 1.4826 * float(np.median(np.abs(ink - floor)))
+    paper = ink[ink <= STROKE_LEVEL]
+    floor = float(np.median(paper))
+    noise = 1.4826 * float(np.median(np.abs(paper - floor)))
     floor += min(2 * noise, 0.3)
     full = float(np.percentile(ink[ink > STROKE_LEVEL], 90)) if (ink > STROKE_LEVEL).any() else 1.0
     return ((ink - floor) / max(full - floor, 1e-6)).astype(np.float32)
@@ -267,10 +270,25 @@ def _frames_the_picture(part: NDArray[np.bool_]) -> bool:
     return sum(side.mean() > 0.5 for side in sides) >= 2
 
 
-def _is_frame(mask: NDArray[np.bool_]) -> bool:
-    """Whether a thing, cut to its box, fills most of the box's outline: of MNIST's digits none fills more than 0.53."""
-    outline = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
-    return min(mask.shape) > 0.45 * max(mask.shape) and bool(outline.mean() > MAXIMUM_OUTLINE)
+def _find_frame(mask: NDArray[np.bool_]) -> list[tuple[int, int]] | None:
+    """First and last row and column within a frame or a block, if a thing is one: it fills the outline of a box.
+
+    The box goes from the first to the last row, and column, that is filled for the most part; what sticks out of it,
+    as the ticks of a plot's axes do, is less than half. Of MNIST's digits one in a thousand looks like that.
+    """
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    thing = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    box = [part[0] + np.flatnonzero(thing.mean(axis) > 0.5) for part, axis in ((rows, 1), (columns, 0))]
+    if min(map(len, box)) < 2:
+        return None
+    (top, bottom), (left, right) = [(int(part[0]), int(part[-1])) for part in box]
+    height, width = bottom + 1 - top, right + 1 - left
+    if min(height, width) <= max(12, 0.45 * max(height, width)) or height * width < thing.size / 2:
+        return None
+    outline = mask[[top, bottom], left : right + 1].sum() + mask[top : bottom + 1, [left, right]].sum()
+    if outline < MINIMUM_OUTLINE * 2 * (height + width):
+        return None
+    return [(top + height // 10 + 1, bottom - height // 10), (left + width // 10 + 1, right - width // 10)]
 
 
 def _coherence(mask: NDArray[np.bool_]) -> float:

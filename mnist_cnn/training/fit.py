@@ -113,7 +113,8 @@ def run(
     if trainer.is_global_zero:
         log.info("%s", data.shapes())
         log.info("%s", summary(network))
-        describe_run(folder, config, overrides, choices)
+        if not config.trainer.get("fast_dev_run"):
+            describe_run(folder, config, overrides, choices)
         for logger in trainer.loggers:
             logger.log_hyperparams(config.model_dump(mode="json"))
 
