@@ -143,7 +143,8 @@ def test_broad_strokes_that_fill_a_photo_stay_ink():
     rows, columns = (np.flatnonzero(ink.max(axis) > 0.5) for axis in (1, 0))
     cut = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     light = np.linspace(150, 200, cut.shape[1]) + np.random.default_rng(0).normal(0, 3, cut.shape)
-    assert alike(mnist_form(light * (1 - 0.8 * cut)), mnist_form(1 - ink)) > 0.95
+    forms = readings(light * (1 - 0.8 * cut))
+    assert max(alike(form, mnist_form(1 - ink)) for form in forms) > 0.95
 
 
 @pytest.mark.parametrize("background", [0, 255])

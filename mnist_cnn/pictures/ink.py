@@ -42,9 +42,7 @@ def find_ink(pixels: NDArray[Any]) -> list[Ink]:
     while True:
         factor = -(-max(pixels.shape[:2]) // WORKING_SIZE)
         small = _block_means(pixels, factor)
-        ink = _extract_ink(small)
-        if not ink.any():
-            raise UserError(BLANK)
+        ink, *others = _extract_ink(small)
         rows, columns = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
         if factor == 1 and max(len(rows), len(columns)) < MINIMUM_SIDE:
             raise UserError(BLANK)
@@ -56,7 +54,7 @@ def find_ink(pixels: NDArray[Any]) -> list[Ink]:
         if -(-side * factor // WORKING_SIZE) < factor:
             pixels = pixels[top * factor : bottom * factor, left * factor : right * factor]
             continue
-        inks = [ink[top:bottom, left:right]]
+        inks = [ink[top:bottom, left:right], *others]
         if frame := _find_frame(ink > STROKE_LEVEL):
             (top, bottom), (left, right) = frame
             with suppress(UserError):
@@ -95,19 +93,35 @@ def _block_means(pixels: NDArray[Any], factor: int) -> Ink:
     return (sums[:height, :width] / factor**2).astype(np.float32)
 
 
-def _extract_ink(pixels: Ink) -> Ink:
-    """Pixels (H, W, channels) to ink 0–1 (H, W), zero wherever there is none of the digit."""
-    paper, flat = _paper_colour(pixels)
-    difference = pixels - paper
-    if not flat:  # ink in the shade has less contrast: give it back
-        difference *= paper.mean() / np.maximum(paper, MINIMUM_LIGHT)
-    ink, contrast = _project_on_ink_colour(difference)
-    if contrast < MINIMUM_CONTRAST:
-        raise UserError(BLANK)
-    if not flat:
-        ink = _remove_shadows_and_noise(ink)
+def _extract_ink(pixels: Ink) -> list[Ink]:
+    """Pixels (H, W, channels) to ink 0–1 (H, W), zero wherever there is none of the digit.
+
+    In uneven light the paper is taken first to be what ink is narrower than, so that shadows are paper, and then to
+    be a smooth surface, so that broad strokes are ink.
+    """
+    inks, refused = list[Ink](), UserError(BLANK)
+    for paper, flat in _paper_colours(pixels):
+        difference = pixels - paper
+        if not flat:  # ink in the shade has less contrast: give it back
+            difference *= paper.mean() / np.maximum(paper, MINIMUM_LIGHT)
+        try:
+            ink, contrast = _project_on_ink_colour(difference)
+            if contrast < MINIMUM_CONTRAST:
+                raise UserError(BLANK)
+            ink = _of_strokes(ink if flat else _without_noise(ink))
+            if ink.any():
+                inks.append(ink)
+        except UserError as error:
+            refused = error
+    if not inks:
+        raise refused
+    return inks
+
+
+def _of_strokes(ink: Ink) -> Ink:
+    """Ink near the digit's strokes, 0–1, and 0 elsewhere."""
     mask = _strokes(ink)
-    near = ndimage.binary_dilation(mask, iterations=2) if not flat or not mask.all() else mask
+    near = mask if mask.all() else ndimage.binary_dilation(mask, iterations=2)
     return np.where(near, ink, 0).clip(0, 1).astype(np.float32)
 
 
@@ -119,16 +133,26 @@ def _border(pixels: Ink) -> Ink:
     return np.concatenate([part.reshape(-1, channels) for part in parts])
 
 
-def _paper_colour(pixels: Ink) -> tuple[Ink, bool]:
-    """The paper's one colour (channels,), or in uneven light its colour at each pixel; and whether it is one colour."""
+def _paper_colours(pixels: Ink) -> list[tuple[Ink, bool]]:
+    """What the paper's colour may be: one (channels,), or in uneven light one at each pixel; and whether it is one."""
     border = _border(pixels)
     paper = np.median(border, axis=0)
     difference = np.abs(pixels - paper).max(-1)
-    if (np.abs(border - paper).max(1) <= EVEN).mean() > 0.5 or min(pixels.shape[:2]) < 8:
+    even = (np.abs(border - paper).max(1) <= EVEN).mean()
+    found = list[tuple[Ink, bool]]()
+    if even > 0.5 or min(pixels.shape[:2]) < 8:
         if (difference > difference.max() / 2).mean() > 0.7:  # a frame around the picture
             paper = np.median(pixels.reshape(-1, pixels.shape[2]), axis=0)
-        return paper, True
-    return _fit_surface(pixels), False
+        found.append((paper, True))
+    if not found or even < 0.8:
+        surface = _fit_surface(pixels)
+        if min(pixels.shape[:2]) >= 48:  # in a smaller picture strokes are as broad as shadows
+            size = round(0.35 * max(pixels.shape[:2]))
+            rest = ndimage.uniform_filter(pixels - surface, (3, 3, 0))
+            found.append((surface + ndimage.grey_closing(rest, (size, size, 1)), False))
+        if even <= 0.5:
+            found.append((surface, False))
+    return found
 
 
 def _fit_surface(pixels: Ink) -> Ink:
@@ -186,18 +210,13 @@ def _project_on_ink_colour(difference: Ink) -> tuple[Ink, float]:
     side = flat[strong] @ first >= 0
     side = side if side.mean() >= 0.5 else ~side
     direction = flat[strong][side].mean(0)
-    along = flat @ direction
-    # Ink of another colour, if on the same side, is as full by its own distance from the paper.
-    along = np.where(along > 0, np.sqrt((flat * flat).sum(1)), along / max(float(np.sqrt(direction @ direction)), 1e-6))
+    along = np.where(flat @ direction > 0, size, -size)  # so that ink of a second colour is as full
     full = float(np.percentile(along[strong][side], 90))
     return (along / max(full, 1e-6)).reshape(difference.shape[:2]), full
 
 
-def _remove_shadows_and_noise(ink: Ink) -> Ink:
-    """Ink less the shadows, which are broader than any stroke, and less the paper's noise."""
-    if min(ink.shape) >= 48:  # in a smaller picture strokes are as broad as shadows
-        size = round(0.35 * max(ink.shape))
-        ink = ink - ndimage.grey_opening(ndimage.uniform_filter(ink, 3), size)
+def _without_noise(ink: Ink) -> Ink:
+    """Ink less the paper's noise."""
     paper = ink[ink <= STROKE_LEVEL]
     floor = float(np.median(paper))
     noise = 1.4826 * float(np.median(np.abs(paper - floor)))
