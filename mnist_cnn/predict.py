@@ -1,9 +1,8 @@
-"""mnist-predict: which digit is in a picture."""
+"""mnist-predict: which digits are in a picture."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,10 +17,12 @@ from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
-    from mnist_cnn.inference.classifier import Classifier
+    from mnist_cnn.inference.classifier import Classifier, Digit
     from mnist_cnn.inference.predictions import Prediction
     from mnist_cnn.pictures.image_files import PictureSource
+    from mnist_cnn.pictures.several import Candidate
 
 log = logging.getLogger(__name__)
 BATCH = 500  # pictures in memory at once
@@ -37,13 +38,14 @@ def main() -> None:
     run_command(job, "predict")
 
 
-class DigitRead(NamedTuple):
-    """A picture as uint8 (28, 28), or why there is none, and what the grid shows of it, uint8 (112, 112, 3)."""
+class PictureRead(NamedTuple):
+    """What may be the digits of a picture, or why there are none, and, for the grid, it at a smaller size."""
 
     name: str
-    digit: NDArray[np.uint8] | None
+    candidates: list[Candidate]
     error: str
-    thumbnail: NDArray[np.uint8] | None = None
+    thumbnail: Image | None = None
+    width: int = 0  # in the pixels of the digits' boxes
 
 
 def predict(config: Predict) -> None:
@@ -60,29 +62,31 @@ def predict(config: Predict) -> None:
 
     from mnist_cnn.inference.classifier import load_classifier
     from mnist_cnn.inference.predictions import prediction_writer
-    from mnist_cnn.pictures.digit_image import form_for
     from mnist_cnn.pictures.image_files import find_pictures
 
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
     classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta, config.modules)
-    form = form_for(classifier.description.data.name, config.mode)
     pictures = find_pictures(config.images, as_bytes=config.input == "bytes")
     failed = count = 0
-    drawn: list[tuple[DigitRead, Prediction]] = []
+    panels: list[tuple[NDArray[np.uint8], str]] = []
     bar = tqdm(unit=" pictures", disable=None, leave=False)  # on a terminal only
     with bar, prediction_writer(config.output) as writer:
         while batch := list(islice(pictures, BATCH)):
-            drawing = GRID - len(drawn) if config.grid else 0
-            digits = [read_digit(source, form, index < drawing) for index, source in enumerate(batch)]
-            rows = classify_batch(digits, classifier, config.top_k)
-            writer.write(rows)
-            failed += report_errors(digits)
-            count += len(digits)
-            drawn += [(one, row) for one, row in zip(digits, rows, strict=True) if one.thumbnail is not None]
+            drawing = GRID - len(panels) if config.grid else 0
+            read = [read_picture(source, classifier, config, index < drawing) for index, source in enumerate(batch)]
+            found = classify_batch(read, classifier, config.digits)
+            for one, digits in found:
+                writer.write(rows_of(one, digits, classifier.classes, config))
+                if one.error:
+                    log.error("error: %s %s", one.name, one.error)
+                elif one.thumbnail:
+                    panels.append(panel(one, digits, boxes=boxed(digits, config)))
+            failed += sum(bool(one.error) for one, _ in found)
+            count += len(batch)
             bar.update(len(batch))
     if config.grid:
-        draw_grid(drawn, count, Path(config.grid))
+        draw_grid(panels, count, Path(config.grid))
     if failed and not config.skip_errors:
         raise SystemExit(1)
 
@@ -96,61 +100,82 @@ def refuse_missing(images: list[str]) -> None:
         next(find_pictures(missing), None)
 
 
-def read_digit(source: PictureSource, form: Callable[[Any], NDArray[np.uint8]], drawing: bool) -> DigitRead:
-    """Read a picture and bring it to what the network sees by `form`, or keep the error."""
+def read_picture(source: PictureSource, classifier: Classifier, config: Predict, drawing: bool) -> PictureRead:
+    """Read a picture and find what may be its digits, or keep the error."""
     name = source.name.encode(errors="backslashreplace").decode()  # bytes that are no UTF-8 fit into no table
     try:
         picture = source.read()
-        return DigitRead(name, form(picture), "", thumbnail(picture) if drawing else None)
+        candidates = classifier.candidates(picture, config.mode, always=config.digits == "several")
+        return PictureRead(name, candidates, "", *(thumbnail(picture) if drawing else ()))
     except UserError as error:
-        return DigitRead(name, None, str(error))
+        return PictureRead(name, [], str(error))
 
 
-def classify_batch(digits: list[DigitRead], classifier: Classifier, top_k: int) -> list[Prediction]:
-    """A row for each picture, in their order; pictures that could not be read have their error in it."""
-    import numpy as np
-    import torch
-
-    from mnist_cnn.inference.predictions import prediction
-
-    images = [one.digit for one in digits if one.digit is not None]
-    stacked = np.stack(images)[:, None] if images else np.zeros((0, 1, 28, 28), np.uint8)
-    probabilities = iter(torch.softmax(classifier.logits(torch.from_numpy(stacked)), dim=1).numpy())
+def classify_batch(
+    batch: list[PictureRead], classifier: Classifier, digits: str
+) -> list[tuple[PictureRead, list[Digit]]]:
+    """Each picture with its digits, in their order; with digits=one several are an error."""
+    readings = iter(classifier.choose([one.candidates for one in batch if one.candidates]))
+    found = [(one, next(readings) if one.candidates else []) for one in batch]
+    if digits != "one":
+        return found
     return [
-        prediction(one.name, None if one.digit is None else next(probabilities), classifier.classes, top_k, one.error)
-        for one in digits
+        (one._replace(error=f"shows {len(each)} digits: digits=several reads each"), [])
+        if len(each) > 1
+        else (one, each)
+        for one, each in found
     ]
 
 
-def report_errors(digits: list[DigitRead]) -> int:
-    """A line on stderr for each picture that could not be read; returns how many."""
-    failed = [one for one in digits if one.digit is None]
-    for one in failed:
-        log.error("error: %s %s", one.name, one.error)
-    return len(failed)
+def boxed(digits: list[Digit], config: Predict) -> bool:
+    """Whether a picture's digits are shown with their boxes."""
+    return len(digits) > 1 or config.digits == "several"
 
 
-def thumbnail(picture: Any) -> NDArray[np.uint8]:
-    """A picture of any kind as it is seen, uint8 (112, 112, 3), on grey where it is not square."""
+def rows_of(one: PictureRead, digits: list[Digit], classes: list[str], config: Predict) -> list[Prediction]:
+    """The rows of a picture in the table: one for each digit, or one with its error."""
+    from mnist_cnn.inference.predictions import prediction
+
+    if one.error:
+        return [prediction(one.name, None, classes, config.top_k, one.error)]
+    number = "".join(digit.label for digit in digits) if boxed(digits, config) else None
+    return [
+        prediction(one.name, digit.probabilities, classes, config.top_k, "", number, digit.box if number else None)
+        for digit in digits
+    ]
+
+
+def thumbnail(picture: Any) -> tuple[Image, int]:
+    """A picture of any kind as it is seen, at no more than 896×448, and its width before."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     from mnist_cnn.pictures.digit_image import visible_pixels
 
     colours = np.asarray(visible_pixels(picture)).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours)
-    return np.asarray(ImageOps.pad(image, (112, 112), color=(200, 200, 200)))
+    width = image.width * getattr(picture, "info", {}).get("reduced_by", 1)
+    image.thumbnail((896, 448))
+    return image, width
 
 
-def draw_grid(drawn: list[tuple[DigitRead, Prediction]], count: int, path: Path) -> None:
-    """Draw the first of `count` pictures, each beside the digit that the network saw, under its label."""
+def panel(one: PictureRead, digits: list[Digit], boxes: bool) -> tuple[NDArray[np.uint8], str]:
+    """What the grid shows of a picture, and the text above it."""
     from mnist_cnn.inference import plots
 
-    plots.prediction_grid(
-        [(one.thumbnail, one.digit, f"{row['label']}  {row['probability']:.1%}") for one, row in drawn],
-        count - len(drawn),
-        path,
-    )
+    assert one.thumbnail is not None
+    if boxes:
+        places = [(digit.label, digit.box) for digit in digits]
+        return plots.digits_in_boxes(one.thumbnail, one.width, places), "".join(digit.label for digit in digits)
+    (digit,) = digits
+    return plots.picture_beside_digit(one.thumbnail, digit.image), f"{digit.label}  {digit.probability:.1%}"
+
+
+def draw_grid(panels: list[tuple[NDArray[np.uint8], str]], count: int, path: Path) -> None:
+    """Draw the first of `count` pictures."""
+    from mnist_cnn.inference import plots
+
+    plots.prediction_grid(panels, count - len(panels), path)
     log.info("%s", path)
 
 

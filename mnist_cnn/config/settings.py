@@ -289,6 +289,7 @@ class Predict(Strict):
     images: OneOrMany
     input: Literal["paths", "bytes"]
     mode: Literal["any", "exact"]
+    digits: Literal["auto", "one", "several"]
     output: Annotated[str | None, _ending("output", ".csv", ".json", ".jsonl", ".parquet")]
     tta: Tta
     top_k: int = Field(ge=0, le=10)
@@ -298,9 +299,11 @@ class Predict(Strict):
     accelerator: Accelerator
 
     @model_validator(mode="after")
-    def _bytes_of_one(self) -> Predict:
+    def _keys_that_agree(self) -> Predict:
         if self.input == "bytes" and self.images != ["-"]:
             raise ValueError("input=bytes reads one picture from standard input: give images=-")
+        if self.mode == "exact" and self.digits == "several":
+            raise ValueError("digits=several finds digits in pictures of any size: leave mode=any")
         return self
 
 

@@ -22,6 +22,7 @@ from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.models.device import find_device
 from mnist_cnn.pictures.digit_image import form_for
 from mnist_cnn.pictures.image_files import read_picture
+from mnist_cnn.pictures.several import Box, Candidate, best_reading, find_candidates
 
 Picture = str | Path | Image.Image | NDArray[np.generic] | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -34,6 +35,17 @@ class Member(NamedTuple):
     logits: Callable[[Tensor], Tensor]
     description: Description
     network: ConvNet | None  # None of an .onnx file
+
+
+class Digit(NamedTuple):
+    """A digit that was found in a picture, its box (left, top, right, bottom) in the picture's pixels, seen upright,
+    what the network saw of it, uint8 (28, 28), and the probabilities of the classes, float32 (classes,)."""
+
+    label: str
+    probability: float
+    box: Box
+    image: NDArray[np.uint8]
+    probabilities: NDArray[np.float32]
 
 
 class Classifier:
@@ -86,9 +98,9 @@ class Classifier:
             mode: exact takes uint8 28×28 only, all of it as it is.
 
         Raises:
-            UserError: a picture cannot be read, is blank or is noise; the message names it.
+            UserError: a picture cannot be read, is blank, is noise or shows several digits; the message names it.
         """
-        return torch.softmax(self.logits(self._digits(pictures, mode)), dim=1).numpy()
+        return np.stack([digit.probabilities for digit in self._single_digits(pictures, mode)])
 
     def predict(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> list[str]:
         """The most probable class of each picture, by name; arguments and errors as for `probabilities`."""
@@ -101,21 +113,67 @@ class Classifier:
             for row in self.probabilities(pictures)
         ]
 
+    def read(self, picture: Picture) -> list[Digit]:
+        """The digits of a picture of one or several, left to right and line by line.
+
+        Raises:
+            UserError: it cannot be read, is blank or is noise.
+        """
+        return self.choose([self.candidates(_opened(picture), always=True)])[0]
+
+    def candidates(
+        self, picture: Image.Image | NDArray[Any], mode: Literal["any", "exact"] = "any", always: bool = False
+    ) -> list[Candidate]:
+        """What may be the digits of a picture, for `choose`; where it is taken as it is, or classes have longer names
+        than a digit or letter, the whole picture alone. Errors and `always` as of `find_candidates`."""
+        form = form_for(self.description.data.name, mode)
+        if mode == "exact" or (max(map(len, self.classes)) > 1 and not always):
+            return [Candidate(0, 1, (0, 0, 28, 28), form(picture), 0.0)]
+        return find_candidates(picture, form, always)
+
+    def choose(self, pictures: Sequence[Sequence[Candidate]]) -> list[list[Digit]]:
+        """Of the candidates of each picture those that are its digits, in reading order; at least one."""
+        drawn = [[one for one in each if one.image is not None] for each in pictures]
+        images = np.array([one.image for each in drawn for one in each], np.uint8).reshape(-1, 1, 28, 28)
+        probabilities = torch.softmax(self.logits(torch.from_numpy(images)), dim=1).numpy()
+        parts = np.split(probabilities, np.cumsum([len(each) for each in drawn])[:-1]) if pictures else []
+        return [
+            [self._digit(own[row], rows[row]) for row in ([0] if len(each) == 1 else best_reading(each, rows))]
+            for each, own, rows in zip(pictures, drawn, parts, strict=True)
+        ]
+
+    def _digit(self, one: Candidate, probabilities: NDArray[np.float32]) -> Digit:
+        assert one.image is not None
+        best = int(probabilities.argmax())
+        return Digit(self.classes[best], float(probabilities[best]), one.box, one.image, probabilities)
+
     def feature_maps(self, picture: Picture) -> list[NDArray[np.float32]]:
         """What each block of the first network finds in a picture: (filters, height, width) a block, after relu."""
-        return [maps[0].cpu().numpy() for maps in self.network.feature_maps(self._digits(picture))]
+        (digit,) = self._single_digits(picture)
+        return [maps[0].cpu().numpy() for maps in self.network.feature_maps(torch.from_numpy(digit.image[None, None]))]
 
     def show(self, picture: Picture) -> Image.Image:
         """A picture beside what the network saw of it, and the probabilities as bars; a notebook shows it."""
         from mnist_cnn.inference.plots import png, probability_bars
 
-        digits = self._digits(picture)
-        probabilities = torch.softmax(self.logits(digits), dim=1)[0].tolist()
-        figure = probability_bars(_opened(picture), digits[0, 0].numpy(), probabilities, self.classes)
+        (digit,) = self._single_digits(picture)
+        figure = probability_bars(_opened(picture), digit.image, digit.probabilities.tolist(), self.classes)
         return Image.open(io.BytesIO(png(figure)))
 
-    def _digits(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> Tensor:
-        return torch.from_numpy(digit_images(pictures, form_for(self.description.data.name, mode)))
+    def _single_digits(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> list[Digit]:
+        """The digit of each picture; errors as of `probabilities`."""
+        each = split_pictures(pictures)
+        candidates = []
+        for index, picture in enumerate(each):
+            try:
+                candidates.append(self.candidates(_opened(picture), mode))
+            except UserError as error:
+                raise UserError(f"{_name(picture, index)}: {error}") from None
+        readings = self.choose(candidates)
+        for index, digits in enumerate(readings):
+            if len(digits) > 1:
+                raise UserError(f"{_name(each[index], index)} shows {len(digits)} digits: read() finds each")
+        return [digits[0] for digits in readings]
 
 
 def mean_logits(logits: Tensor) -> Tensor:
@@ -137,11 +195,11 @@ def shifted(images: Tensor, tta: int) -> list[Tensor]:
     return [padded[..., top : top + height, left : left + width].contiguous() for top, left in corners]
 
 
-def digit_images(pictures: Pictures, form: Callable[[Any], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Pictures, as `Classifier.probabilities` takes them, to uint8 (N, 1, 28, 28), each brought there by `form`.
+def split_pictures(pictures: Pictures) -> Sequence[Picture]:
+    """Pictures, as `Classifier.probabilities` takes them, one by one.
 
     Raises:
-        UserError: an array has another number of dimensions, or a picture cannot be read; the message names it.
+        UserError: an array has another number of dimensions.
     """
     if isinstance(pictures, Tensor):
         pictures = pictures.detach().cpu().numpy()
@@ -151,19 +209,12 @@ def digit_images(pictures: Pictures, form: Callable[[Any], NDArray[np.uint8]]) -
         if pictures.ndim not in (2, 3):
             shape = pictures.shape
             raise UserError(f"pictures have shape {shape}: expected (H, W), (N, H, W) or (N, 1, 28, 28)")
-        each: Sequence[Picture] = [pictures] if pictures.ndim == 2 else list(pictures)
-    elif isinstance(pictures, str | Path | Image.Image):
-        each = [pictures]
-    else:
-        each = pictures
-    images = np.zeros((len(each), 1, 28, 28), np.uint8)
-    for index, picture in enumerate(each):
-        try:
-            images[index, 0] = form(_opened(picture))
-        except UserError as error:
-            name = str(picture) if isinstance(picture, str | Path) else f"picture {index}"
-            raise UserError(f"{name}: {error}") from None
-    return images
+        return [pictures] if pictures.ndim == 2 else list(pictures)
+    return [pictures] if isinstance(pictures, str | Path | Image.Image) else pictures
+
+
+def _name(picture: Picture, index: int) -> str:
+    return str(picture) if isinstance(picture, str | Path) else f"picture {index}"
 
 
 def _opened(picture: Picture) -> Image.Image | NDArray[Any]:

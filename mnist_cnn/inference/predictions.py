@@ -18,29 +18,39 @@ from mnist_cnn.config.schema import UserError
 from mnist_cnn.runs.folder import whole
 
 log = logging.getLogger(__name__)
-Prediction = dict[str, Any]  # path, label, probability, one probability a class, top k, error
+Prediction = dict[str, Any]  # path, label, probability, one probability a class, top k, number, box, error
 
 
 @cache
 def _columns(classes: tuple[str, ...], top_k: int) -> list[str]:
-    """The columns between path and error."""
+    """The columns between path and number."""
     ranked = [f"top {rank} {what}" for rank in range(1, top_k + 1) for what in ("label", "probability")]
     return ["label", "probability", *(f"probability {name}" for name in classes), *ranked]
 
 
 def prediction(
-    path: str, probabilities: NDArray[np.float32] | None, classes: list[str], top_k: int, error: str
+    path: str,
+    probabilities: NDArray[np.float32] | None,
+    classes: list[str],
+    top_k: int,
+    error: str,
+    number: str | None = None,
+    box: Sequence[int] | None = None,
 ) -> Prediction:
-    """The row of one picture; `probabilities` (classes,) are None where it could not be read, and `error` says why."""
+    """The row of one picture, or of one digit of several: the `number` that they are, and the digit's `box`.
+
+    `probabilities` (classes,) are None where the picture could not be read, and `error` says why.
+    """
     columns = _columns(tuple(classes), top_k)
     if probabilities is None:
-        return {"path": path, **dict.fromkeys(columns), "error": error}
+        return {"path": path, **dict.fromkeys(columns), "number": None, "box": None, "error": error}
     values = probabilities.tolist()
     best = values.index(max(values))
     row: list[Any] = [classes[best], values[best], *values]
     for index in sorted(range(len(values)), key=values.__getitem__, reverse=True)[:top_k] if top_k else ():
         row += [classes[index], values[index]]
-    return {"path": path, **dict(zip(columns, row, strict=True)), "error": None}
+    place = {"number": number, "box": box and " ".join(map(str, box))}
+    return {"path": path, **dict(zip(columns, row, strict=True)), **place, "error": None}
 
 
 class TerminalTable:
@@ -65,7 +75,8 @@ class TerminalTable:
         labels = [value for key, value in row.items() if key.startswith("top ") and key.endswith("label")]
         values = [value for key, value in row.items() if key.startswith("top ") and key.endswith("probability")]
         top = " ".join(f"{label:>10} {value:.4f}" for label, value in zip(labels, values, strict=True))
-        return f"{row['path']:<{self.width}}  {row['label']:<5}  {row['probability']:.4f}       {each}  {top}".rstrip()
+        line = f"{row['path']:<{self.width}}  {row['label']:<5}  {row['probability']:.4f}       {each}  {top}"
+        return line.rstrip() + (f"  in {row['number']} at {row['box']}" if row["box"] else "")
 
 
 class CsvFile:

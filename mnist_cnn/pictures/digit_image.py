@@ -45,7 +45,7 @@ def mnist_form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
                 return form
     ink = find_ink(_flatten_channels(pixels))
     form = np.rint(255 * ink).astype(np.uint8)
-    return form if in_mnist_form(form) else _scale_and_centre(ink)
+    return form if in_mnist_form(form) else scale_and_centre(ink)
 
 
 def form_for(data: str, mode: str) -> Callable[[Image.Image | Pixels], NDArray[np.uint8]]:
@@ -170,7 +170,7 @@ def _flatten_channels(pixels: Pixels) -> Pixels:
     return paper + (colours - paper) * alpha / 255
 
 
-def _scale_and_centre(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
+def scale_and_centre(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Ink 0–1 (h, w) of any size to MNIST's form."""
     top, bottom = _edges(ink.max(1))
     left, right = _edges(ink.max(0))

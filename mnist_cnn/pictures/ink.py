@@ -34,7 +34,7 @@ def find_ink(pixels: NDArray[Any]) -> Ink:
     pixels = _crop_to_digit(pixels)
     while True:
         factor = -(-max(pixels.shape[:2]) // WORKING_SIZE)
-        small = _block_means(pixels, factor)
+        small = block_means(pixels, factor)
         ink = _extract_ink(small)
         if not ink.any():
             raise UserError(BLANK)
@@ -72,7 +72,7 @@ def _crop_to_digit(pixels: NDArray[Any]) -> NDArray[Any]:
     return pixels[tuple(slice(max(0, (part.start - 1) * factor), (part.stop + 1) * factor) for part in box)]
 
 
-def _block_means(pixels: NDArray[Any], factor: int) -> Ink:
+def block_means(pixels: NDArray[Any], factor: int) -> Ink:
     """A picture scaled down: the means of blocks of factor × factor pixels."""
     if factor == 1:
         return pixels.astype(np.float32)

@@ -1,0 +1,337 @@
+"""Where the digits of a picture of several are, in reading order, each in MNIST's form. Imports no torch.
+
+The ink is cut into pieces, and each piece, or run of neighbours, that may be one digit is a candidate. The network's
+probabilities choose among them: heuristic over-segmentation, as in LeCun et al. 1998, "Gradient-based learning applied
+to document recognition", section V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from mnist_cnn.config.schema import UserError
+from mnist_cnn.pictures.digit_image import scale_and_centre, visible_pixels
+from mnist_cnn.pictures.ink import MINIMUM_LIGHT, block_means
+
+WORKING_SIDE = 640  # pixels; a larger picture is averaged down to it
+PAPER_SIDE = 48  # pixels of the picture in which the paper's colour is looked for
+WINDOW = 0.4  # of the picture: the window whose median is the paper's colour
+CLEAR = 0.85  # of the variance lies between ink and paper, where they have a colour each
+EVEN = 3  # levels by which even paper may differ
+STROKE_LEVEL = 0.35  # of full ink: above it a pixel belongs to a stroke
+CLOSED_FROM = 300  # pixels of a side: in larger pictures white lines of one pixel part no strokes
+MINIMUM_CONTRAST = 20  # between ink and paper, of 255
+MINIMUM_HEIGHT = 6  # pixels of the tallest piece
+MAXIMUM_COMPONENTS = 1000  # more are noise
+TALL = 0.4  # of the tallest piece: lower ones are dots, dashes and parts of digits
+MAXIMUM_PIECES = 5  # of one digit
+
+# What speaks against a candidate, beside -log of its probability; found by random search on numbers that were put
+# together from MNIST's training digits. Lengths are fractions of a digit's typical height.
+WIDE = 20.0  # per width beyond 0.9
+SHORT = 30.0  # per height below 0.7
+GAP = 40.0  # per white column between its pieces
+CUT, CUT_INK = 4.0, 5.0  # at each end that is a cut; per ink there
+CLOSE = 2.0  # at each end: per part of the width that it shares with the neighbour
+LEFT_OUT = 10.0  # of a whole piece that is read as no digit
+
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in the picture's pixels, seen upright
+
+
+class Candidate(NamedTuple):
+    """The pieces from `start` up to `stop` as one digit, of which `image` is uint8 (28, 28), or as none."""
+
+    start: int
+    stop: int
+    box: Box
+    image: NDArray[np.uint8] | None
+    penalty: float
+
+
+class Piece(NamedTuple):
+    """Ink of one digit at most: what lies between `left` and `right` of the components `parts`.
+
+    `cut` is how many pixels of ink were cut through at its left, None where no ink was.
+    """
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    parts: tuple[int, ...]
+    cut: int | None = None
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    def joined(self, other: Piece) -> Piece:
+        left, top = min(self.left, other.left), min(self.top, other.top)
+        right, bottom = max(self.right, other.right), max(self.bottom, other.bottom)
+        return Piece(left, top, right, bottom, self.parts + other.parts)
+
+    def gap(self, other: Piece) -> tuple[int, int]:
+        """Pixels between both, across and down; below 0 where they overlap."""
+        across = max(self.left, other.left) - min(self.right, other.right)
+        return across, max(self.top, other.top) - min(self.bottom, other.bottom)
+
+    def shared(self, other: Piece) -> float:
+        """The fraction of the narrower one's width that both cover."""
+        return max(0, -self.gap(other)[0]) / min(self.width, other.width)
+
+
+def find_candidates(
+    picture: Image.Image | NDArray[Any], form: Callable[[Any], NDArray[np.uint8]], always: bool = False
+) -> list[Candidate]:
+    """What may be the digits of a picture, for `best_reading` to choose from.
+
+    Args:
+        picture: as of `mnist_form`.
+        form: brings the whole picture, as of one digit, to uint8 (28, 28).
+        always: look for the digit's box also where `form` takes the picture as it is.
+
+    Raises:
+        UserError: there is no digit in it, or it is no picture.
+    """
+    whole = error = None
+    try:
+        whole = form(picture)
+    except UserError as reason:
+        error = reason
+    if whole is not None and not always and _taken_as_it_is(picture, whole):
+        return [Candidate(0, 1, (0, 0, *whole.shape), whole, 0.0)]
+    pixels = visible_pixels(picture)
+    frame = Piece(0, 0, pixels.shape[1], pixels.shape[0], ())
+    factor = -(-max(pixels.shape[:2]) // WORKING_SIDE)
+    ink = ink_map(block_means(pixels, factor))
+    mask = ink > STROKE_LEVEL
+    if max(ink.shape) >= CLOSED_FROM:
+        mask |= ndimage.binary_closing(mask, np.ones((3, 3)))
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    joined = join_strokes(components(labels)) if count <= MAXIMUM_COMPONENTS else []
+    typical = typical_height(joined)
+    lines = [[part for piece in line for part in cut(piece, labels, typical)] for line in find_lines(joined, typical)]
+    count = sum(map(len, lines))
+    candidates = digit_candidates(ink, labels, lines, typical) if count > 1 else []
+    tall = [piece for piece in joined if piece.height >= TALL * typical] or [frame]
+    if whole is not None and (count < 2 or len(tall) <= MAXIMUM_PIECES):
+        candidates.append(whole_candidate(tall, max(1, count), whole))
+    if error is not None and not candidates:
+        raise error
+    scale = factor * getattr(picture, "info", {}).get("reduced_by", 1)
+    return [one._replace(box=tuple(scale * edge for edge in one.box)) for one in candidates]
+
+
+def _taken_as_it_is(picture: Image.Image | NDArray[Any], whole: NDArray[np.uint8]) -> bool:
+    """Whether what a network sees of a picture are its own pixels, or these inverted."""
+    if isinstance(picture, Image.Image):
+        if picture.size != whole.shape or picture.mode != "L":
+            return False
+        picture = np.asarray(picture)
+    return np.array_equal(picture, whole) or np.array_equal(255 - picture, whole)
+
+
+def best_reading(candidates: Sequence[Candidate], probabilities: NDArray[np.float32]) -> list[int]:
+    """Which candidates, in reading order, take each piece once at the least cost.
+
+    Args:
+        candidates: of one picture.
+        probabilities: (count, classes) of those that have an image, by whose rows the answer names them.
+    """
+    surprise = -np.log(probabilities.max(1))
+    unreached: tuple[float, list[int]] = (np.inf, [])
+    best = [(0.0, []), *([unreached] * max(one.stop for one in candidates))]
+    rows = iter(range(len(surprise)))
+    with_rows = [(one, None if one.image is None else next(rows)) for one in candidates]
+    for one, row in sorted(with_rows, key=lambda pair: pair[0].start):
+        cost, path = best[one.start]
+        longer = (cost + one.penalty, path) if row is None else (cost + one.penalty + surprise[row], [*path, row])
+        best[one.stop] = min(best[one.stop], longer)
+    return best[-1][1]
+
+
+def ink_map(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Pixels 0–255 (H, W, channels) to ink 0–1 (H, W): how far each is from the paper around it, in any colour."""
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    paper = np.median(border, axis=0)
+    if (np.abs(border - paper).max(1) <= EVEN).mean() < 0.5:
+        # Uneven light: a median over wide windows follows the edges of shadows, and strokes do not move it.
+        step = -(-max(pixels.shape[:2]) // PAPER_SIDE)
+        sample = pixels[step // 2 :: step, step // 2 :: step]
+        window = (*(max(3, round(WINDOW * size)) for size in sample.shape[:2]), 1)
+        sample = ndimage.median_filter(_without_thick_ink(sample, paper), window)
+        size = pixels.shape[1], pixels.shape[0]
+        channels = [Image.fromarray(one).resize(size, Image.Resampling.BILINEAR) for one in np.moveaxis(sample, 2, 0)]
+        paper = np.stack([np.asarray(one) for one in channels], axis=2)
+        pixels, paper = (one * 255 / np.maximum(paper, MINIMUM_LIGHT) for one in (pixels, paper))
+    difference = np.abs(pixels - paper).max(2)
+    usual = float(np.median(difference))
+    noise = usual + 1.5 * float(np.median(np.abs(difference - usual)))
+    strongest = np.partition(difference.ravel(), -min(4, difference.size))[-min(4, difference.size)]
+    full = float(np.median(difference[difference >= strongest / 2]))
+    if full < max(MINIMUM_CONTRAST, 4 * noise):
+        return np.zeros_like(difference)
+    return ((difference - noise) / (full - noise)).clip(0, 1)
+
+
+def _without_thick_ink(pixels: NDArray[np.float32], border: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Pixels (H, W, channels) of clearly two kinds, the brighter twice as bright, all of the kind of the `border`."""
+    grey = pixels.mean(2)
+    values = np.sort(grey, axis=None)
+    count, sums = np.arange(1, len(values)), np.cumsum(values)
+    low, high = sums[:-1] / count, (sums[-1] - sums[:-1]) / (len(values) - count)
+    between = (high - low) ** 2 * count * (len(values) - count) / len(values) ** 2  # the variance of Otsu 1979
+    at = int(between.argmax())
+    if between[at] < CLEAR * values.var() or 2 * low[at] > high[at]:
+        return pixels
+    paper = (grey > values[at]) == (border.mean() > values[at])
+    return np.where(paper[..., None], pixels, np.median(pixels[paper], axis=0))
+
+
+def components(labels: NDArray[np.int32]) -> list[Piece]:
+    """The components of a mask without specks, and without what comes in from the picture's edge."""
+    found = [
+        Piece(columns.start, rows.start, columns.stop, rows.stop, (index,))
+        for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1)
+    ]
+    height, width = labels.shape
+    sides = [(p.left == 0) + (p.top == 0) + (p.right == width) + (p.bottom == height) for p in found]
+    tallest = max((piece.height for piece, at in zip(found, sides, strict=True) if not at), default=0)
+    if tallest < MINIMUM_HEIGHT:
+        tallest, sides = max((piece.height for piece in found), default=0), [0] * len(found)
+    sizes = np.bincount(labels.ravel())
+    return [
+        piece
+        for piece, at in zip(found, sides, strict=True)
+        if sizes[piece.parts[0]] > 2 + 0.004 * tallest**2
+        and (not at or (at < 3 and 0.6 * tallest <= piece.height <= 1.5 * tallest))
+        and tallest >= MINIMUM_HEIGHT
+    ]
+
+
+def typical_height(pieces: Sequence[Piece]) -> float:
+    heights = np.array([piece.height for piece in pieces] or [0])
+    return float(np.median(heights[heights >= TALL * heights.max()]))
+
+
+def join_strokes(found: list[Piece]) -> list[Piece]:
+    """Components to pieces: those that lie close above one another are one digit's."""
+    typical = typical_height(found)
+    pieces: list[Piece] = []
+    for piece in sorted(found, key=lambda piece: piece.top):
+        for index, above in enumerate(pieces):
+            both = above.joined(piece)
+            if above.shared(piece) > 0.3 and above.gap(piece)[1] < 0.3 * typical and both.height < 1.4 * typical:
+                pieces[index] = both
+                break
+        else:
+            pieces.append(piece)
+    return pieces
+
+
+def find_lines(pieces: list[Piece], typical: float) -> list[list[Piece]]:
+    """Lines from the top down, each from left to right: tall pieces make them, lower ones join one or are left out."""
+    lines: list[list[Piece]] = []
+
+    def shared(piece: Piece, line: list[Piece]) -> float:
+        """The fraction of the lower one's height that a piece shares with the line's nearest tall piece."""
+        near = min((one for one in line if one.height >= TALL * typical), key=lambda one: max(0, one.gap(piece)[0]))
+        return -near.gap(piece)[1] / min(near.height, piece.height)
+
+    for piece in sorted(pieces, key=lambda piece: (piece.height < TALL * typical, piece.left)):
+        line = max(lines, key=lambda line: shared(piece, line), default=[])
+        if line and shared(piece, line) > 0.4:
+            line.append(piece)
+        elif piece.height >= TALL * typical:
+            lines.append([piece])
+    return [sorted(line) for line in sorted(lines, key=lambda line: np.mean([one.top + one.bottom for one in line]))]
+
+
+def cut(piece: Piece, labels: NDArray[np.int32], typical: float) -> list[Piece]:
+    """A wide piece, perhaps of digits that touch, cut at the columns with the least ink; else the piece alone."""
+    if piece.width < 0.9 * typical:
+        return [piece]
+    mask = np.isin(labels[piece.top : piece.bottom, piece.left : piece.right], piece.parts)
+    column = mask.sum(0)
+    smooth = ndimage.uniform_filter1d(column.astype(np.float32), max(1, round(0.05 * typical)))
+    step = max(1, round(0.15 * typical))
+    places = [0, piece.width]
+    for x in np.argsort(smooth, kind="stable").tolist():
+        if all(abs(x - place) >= step for place in places) and len(places) < 2 + 2.5 * piece.width / typical:
+            places.append(x)
+    parts = []
+    for left, right in pairwise(sorted(places)):
+        rows = np.flatnonzero(mask[:, left:right].any(1)) + piece.top
+        edges = piece.left + left, int(rows[0]), piece.left + right, int(rows[-1]) + 1
+        parts.append(Piece(*edges, piece.parts, int(column[left]) if left else None))
+    return parts
+
+
+def digit_candidates(
+    ink: NDArray[np.float32], labels: NDArray[np.int32], lines: list[list[Piece]], typical: float
+) -> list[Candidate]:
+    """Each piece and each run of neighbours that may be one digit, and each piece as none."""
+    owner = np.zeros(labels.shape, np.int32)  # of each pixel: its piece, counted from 1
+    for number, piece in enumerate(chain.from_iterable(lines), start=1):
+        region = np.s_[piece.top : piece.bottom, piece.left : piece.right]
+        owner[region][np.isin(labels[region], piece.parts)] = number
+    candidates, first = [], 0
+    for line in lines:
+        ends = [0.0, *(_split_penalty(*pair, typical) for pair in pairwise(line)), 0.0]
+        for start in range(len(line)):
+            whole, gaps = line[start], 0
+            nothing = LEFT_OUT * min(1, whole.height / typical)
+            candidates.append(Candidate(first + start, first + start + 1, whole[:4], None, nothing))
+            for stop in range(start + 1, min(start + MAXIMUM_PIECES, len(line)) + 1):
+                if stop > start + 1:
+                    gaps += max(0, whole.gap(line[stop - 1])[0])
+                    whole = whole.joined(line[stop - 1])
+                wide = whole.width / max(whole.height, typical) - 0.9
+                if wide > 0.7 or gaps > 0.25 * typical:
+                    break
+                penalty = ends[start] + ends[stop] + GAP * gaps / typical
+                penalty += WIDE * max(0, wide) + SHORT * max(0, 0.7 - whole.height / typical)
+                image = _cut_out(ink, owner, first + start, first + stop, whole)
+                candidates.append(Candidate(first + start, first + stop, whole[:4], image, penalty))
+        first += len(line)
+    return candidates
+
+
+def _split_penalty(left: Piece, right: Piece, typical: float) -> float:
+    """What speaks against reading two neighbours as parts of two digits."""
+    return CLOSE * left.shared(right) if right.cut is None else CUT + CUT_INK * right.cut / typical
+
+
+def _cut_out(
+    ink: NDArray[np.float32], owner: NDArray[np.int32], start: int, stop: int, whole: Piece
+) -> NDArray[np.uint8]:
+    """The ink of the pieces from `start` up to `stop` in MNIST's form."""
+    region = np.s_[max(0, whole.top - 2) : whole.bottom + 2, max(0, whole.left - 2) : whole.right + 2]
+    own = (owner[region] > start) & (owner[region] <= stop)
+    soft = ndimage.binary_dilation(own, iterations=2) & (owner[region] == 0)  # edges of strokes
+    return scale_and_centre(np.where(own | soft, ink[region], 0).astype(np.float32))
+
+
+def whole_candidate(pieces: list[Piece], count: int, image: NDArray[np.uint8]) -> Candidate:
+    """The whole picture as one digit, whose strokes are the pieces; `count` of candidates lie in it."""
+    union, reached, left = pieces[0], pieces[:1], pieces[1:]
+    widest = 0  # gap that is crossed on the shortest way to all
+    while left:
+        gap, near = min((max(0, *piece.gap(one)), piece) for piece in left for one in reached)
+        widest, union = max(widest, gap), union.joined(near)
+        left.remove(near)
+        reached.append(near)
+    penalty = WIDE * max(0, union.width / union.height - 0.9) + GAP * widest / max(piece.height for piece in pieces)
+    return Candidate(0, count, union[:4], image, penalty)
