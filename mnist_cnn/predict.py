@@ -76,8 +76,8 @@ def predict(config: Predict) -> None:
             drawing = GRID - len(panels) if config.grid else 0
             read = [read_picture(source, classifier, config, index < drawing) for index, source in enumerate(batch)]
             found = classify_batch(read, classifier, config.digits)
+            writer.write([row for one, digits in found for row in rows_of(one, digits, classifier.classes, config)])
             for one, digits in found:
-                writer.write(rows_of(one, digits, classifier.classes, config))
                 if one.error:
                     log.error("error: %s %s", one.name, one.error)
                 elif one.thumbnail:

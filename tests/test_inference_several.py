@@ -115,7 +115,7 @@ def test_a_box_is_in_the_pixels_of_a_picture_that_was_scaled_down(classifier, tm
     assert page.size > 12_000_000
     Image.fromarray(page).save(tmp_path / "large.png", compress_level=1)
     found = [digit.box for digit in classifier.read(tmp_path / "large.png")]
-    np.testing.assert_allclose(found, np.multiply(12, boxes) + (0, 900, 0, 900), atol=40)
+    np.testing.assert_allclose(found, np.add(np.multiply(12, boxes), (0, 900, 0, 900)), atol=40)
 
 
 def test_digits_that_touch_are_parted(classifier):

@@ -18,16 +18,12 @@ from scipy import ndimage
 
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.pictures.digit_image import scale_and_centre, visible_pixels
-from mnist_cnn.pictures.ink import MINIMUM_LIGHT, block_means
+from mnist_cnn.pictures.ink import NOISE, block_means
+from mnist_cnn.pictures.ink_map import ink_map
 
 WORKING_SIDE = 640  # pixels; a larger picture is averaged down to it
-PAPER_SIDE = 48  # pixels of the picture in which the paper's colour is looked for
-WINDOW = 0.4  # of the picture: the window whose median is the paper's colour
-CLEAR = 0.85  # of the variance lies between ink and paper, where they have a colour each
-EVEN = 3  # levels by which even paper may differ
 STROKE_LEVEL = 0.35  # of full ink: above it a pixel belongs to a stroke
 CLOSED_FROM = 300  # pixels of a side: in larger pictures white lines of one pixel part no strokes
-MINIMUM_CONTRAST = 20  # between ink and paper, of 255
 MINIMUM_HEIGHT = 6  # pixels of the tallest piece
 MAXIMUM_COMPONENTS = 1000  # more are noise
 TALL = 0.4  # of the tallest piece: lower ones are dots, dashes and parts of digits
@@ -105,15 +101,16 @@ def find_candidates(
     Raises:
         UserError: there is no digit in it, or it is no picture.
     """
-    whole = error = None
+    whole = noise = None
     try:
         whole = form(picture)
-    except UserError as reason:
-        error = reason
+    except UserError as error:
+        if str(error) != NOISE:  # which many digits look like to the form
+            raise
+        noise = error
     if whole is not None and not always and _taken_as_it_is(picture, whole):
         return [Candidate(0, 1, (0, 0, *whole.shape), whole, 0.0)]
     pixels = visible_pixels(picture)
-    frame = Piece(0, 0, pixels.shape[1], pixels.shape[0], ())
     factor = -(-max(pixels.shape[:2]) // WORKING_SIDE)
     ink = ink_map(block_means(pixels, factor))
     mask = ink > STROKE_LEVEL
@@ -125,11 +122,13 @@ def find_candidates(
     lines = [[part for piece in line for part in cut(piece, labels, typical)] for line in find_lines(joined, typical)]
     count = sum(map(len, lines))
     candidates = digit_candidates(ink, labels, lines, typical) if count > 1 else []
-    tall = [piece for piece in joined if piece.height >= TALL * typical] or [frame]
+    tall = [piece for piece in joined if piece.height >= TALL * typical] or [
+        Piece(0, 0, ink.shape[1], ink.shape[0], ())
+    ]
     if whole is not None and (count < 2 or len(tall) <= MAXIMUM_PIECES):
         candidates.append(whole_candidate(tall, max(1, count), whole))
-    if error is not None and not candidates:
-        raise error
+    if noise is not None and not candidates:
+        raise noise
     scale = factor * getattr(picture, "info", {}).get("reduced_by", 1)
     return [one._replace(box=tuple(scale * edge for edge in one.box)) for one in candidates]
 
@@ -148,7 +147,7 @@ def best_reading(candidates: Sequence[Candidate], probabilities: NDArray[np.floa
 
     Args:
         candidates: of one picture.
-        probabilities: (count, classes) of those that have an image, by whose rows the answer names them.
+        probabilities: (count, classes) of those that have an image, by whose rows the answer names them; at least one.
     """
     surprise = -np.log(probabilities.max(1))
     unreached: tuple[float, list[int]] = (np.inf, [])
@@ -159,45 +158,7 @@ def best_reading(candidates: Sequence[Candidate], probabilities: NDArray[np.floa
         cost, path = best[one.start]
         longer = (cost + one.penalty, path) if row is None else (cost + one.penalty + surprise[row], [*path, row])
         best[one.stop] = min(best[one.stop], longer)
-    return best[-1][1]
-
-
-def ink_map(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pixels 0–255 (H, W, channels) to ink 0–1 (H, W): how far each is from the paper around it, in any colour."""
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    paper = np.median(border, axis=0)
-    if (np.abs(border - paper).max(1) <= EVEN).mean() < 0.5:
-        # Uneven light: a median over wide windows follows the edges of shadows, and strokes do not move it.
-        step = -(-max(pixels.shape[:2]) // PAPER_SIDE)
-        sample = pixels[step // 2 :: step, step // 2 :: step]
-        window = (*(max(3, round(WINDOW * size)) for size in sample.shape[:2]), 1)
-        sample = ndimage.median_filter(_without_thick_ink(sample, paper), window)
-        size = pixels.shape[1], pixels.shape[0]
-        channels = [Image.fromarray(one).resize(size, Image.Resampling.BILINEAR) for one in np.moveaxis(sample, 2, 0)]
-        paper = np.stack([np.asarray(one) for one in channels], axis=2)
-        pixels, paper = (one * 255 / np.maximum(paper, MINIMUM_LIGHT) for one in (pixels, paper))
-    difference = np.abs(pixels - paper).max(2)
-    usual = float(np.median(difference))
-    noise = usual + 1.5 * float(np.median(np.abs(difference - usual)))
-    strongest = np.partition(difference.ravel(), -min(4, difference.size))[-min(4, difference.size)]
-    full = float(np.median(difference[difference >= strongest / 2]))
-    if full < max(MINIMUM_CONTRAST, 4 * noise):
-        return np.zeros_like(difference)
-    return ((difference - noise) / (full - noise)).clip(0, 1)
-
-
-def _without_thick_ink(pixels: NDArray[np.float32], border: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pixels (H, W, channels) of clearly two kinds, the brighter twice as bright, all of the kind of the `border`."""
-    grey = pixels.mean(2)
-    values = np.sort(grey, axis=None)
-    count, sums = np.arange(1, len(values)), np.cumsum(values)
-    low, high = sums[:-1] / count, (sums[-1] - sums[:-1]) / (len(values) - count)
-    between = (high - low) ** 2 * count * (len(values) - count) / len(values) ** 2  # the variance of Otsu 1979
-    at = int(between.argmax())
-    if between[at] < CLEAR * values.var() or 2 * low[at] > high[at]:
-        return pixels
-    paper = (grey > values[at]) == (border.mean() > values[at])
-    return np.where(paper[..., None], pixels, np.median(pixels[paper], axis=0))
+    return best[-1][1] or [int(surprise.argmin())]
 
 
 def components(labels: NDArray[np.int32]) -> list[Piece]:
@@ -299,7 +260,7 @@ def digit_candidates(
                     gaps += max(0, whole.gap(line[stop - 1])[0])
                     whole = whole.joined(line[stop - 1])
                 wide = whole.width / max(whole.height, typical) - 0.9
-                if wide > 0.7 or gaps > 0.25 * typical:
+                if stop > start + 1 and (wide > 0.7 or gaps > 0.25 * typical):
                     break
                 penalty = ends[start] + ends[stop] + GAP * gaps / typical
                 penalty += WIDE * max(0, wide) + SHORT * max(0, 0.7 - whole.height / typical)
