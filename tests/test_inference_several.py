@@ -111,7 +111,7 @@ def test_each_digit_has_its_box(classifier):
 
 def test_a_box_is_in_the_pixels_of_a_picture_that_was_scaled_down(classifier, tmp_path):
     ink, _, boxes = number([0, 1, 2])
-    page = np.pad(np.kron(dark_on_light(ink), np.ones((12, 12), np.uint8)), ((900, 1900), (0, 0)), constant_values=255)
+    page = np.pad(np.kron(dark_on_light(ink), np.ones((12, 12), np.uint8)), ((900, 2900), (0, 0)), constant_values=255)
     assert page.size > 12_000_000
     Image.fromarray(page).save(tmp_path / "large.png", compress_level=1)
     found = [digit.box for digit in classifier.read(tmp_path / "large.png")]
