@@ -5,6 +5,9 @@ LightningModule, a LightningDataModule and a network, for a `pl.Trainer` of your
 """
 
 import importlib
+import signal
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_PLACES[name]), name)
 
 
-def import_main() -> None:
-    """The command mnist-import; `import` is a word of Python's own, so no entry point can name its module."""
-    importlib.import_module("mnist_cnn.import").main()
+def main() -> None:
+    """Each command, by the name that it was started by; no entry point can name the module `import`."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else Ctrl-C would show what was being imported
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    importlib.import_module(f"mnist_cnn.{Path(sys.argv[0]).stem.removeprefix('mnist-')}").main()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mnist_cnn.data.datasets import Digits
+    from mnist_cnn.inference.classifier import Classifier
     from mnist_cnn.inference.metrics import Scores
     from mnist_cnn.models.checkpoint import Description
 
@@ -36,7 +37,7 @@ def main() -> None:
     run_command(job, "evaluate")
 
 
-def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
+def evaluate(config: Evaluate, folder: Path) -> dict[str, Any]:
     """Score a checkpoint, and leave evaluation.json, incorrect.csv and plots/ in `folder`; returns evaluation.json's.
 
     Raises:
@@ -56,10 +57,19 @@ def evaluate(config: Evaluate, folder: Path) -> dict[str, float]:
     logits = mean_logits(member_logits)  # (N, classes)
     scores = score(logits, digits.labels)
     if config.calibrate:
-        calibrate(config.checkpoint[0], member_logits, digits.labels, scores.calibration_error)
+        calibrate(config, classifier, digits, member_logits, scores.calibration_error)
 
     probabilities = torch.softmax(logits.double(), dim=1)
-    figures = write_results(folder, digits, classes, probabilities, scores)
+    corruptions = {}
+    if config.corruptions:
+        from mnist_cnn.inference import robustness
+
+        images = digits.images[:, 0].numpy()
+        corruptions = robustness.score_corruptions(classifier, images, digits.labels.numpy())
+        log.info("%s", robustness.corruption_table(corruptions))
+        if config.plots:
+            robustness.corruption_sheet(images[0], folder / "plots" / "corruptions.png")
+    figures = write_results(folder, digits, classes, probabilities, scores, corruptions)
     if config.plots:
         from mnist_cnn.inference import plots
 
@@ -105,8 +115,13 @@ def load_digits(config: Evaluate, trained_on: Description) -> tuple[Digits, list
 
 
 def write_results(
-    folder: Path, digits: Digits, classes: list[str], probabilities: Tensor, scores: Scores
-) -> dict[str, float]:
+    folder: Path,
+    digits: Digits,
+    classes: list[str],
+    probabilities: Tensor,
+    scores: Scores,
+    corruptions: dict[str, dict[str, float]],
+) -> dict[str, Any]:
     """Write incorrect.csv and evaluation.json, from probabilities (N, classes); returns what the latter holds."""
     predicted = probabilities.argmax(1)
     columns = [f"probability {name}" for name in classes]
@@ -126,6 +141,7 @@ def write_results(
         "accuracy_low": scores.interval[0],
         "accuracy_high": scores.interval[1],
         "calibration_error": scores.calibration_error,
+        **({"corruptions": corruptions} if corruptions else {}),
     }
     write_whole(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
     return figures
@@ -145,28 +161,44 @@ def print_results(config: Evaluate, digits: Digits, classes: list[str], probabil
     log.info("%s", scores.headline(config.split))
 
 
-def calibrate(checkpoint: str, member_logits: Tensor, labels: Tensor, error_before: float) -> Path:
-    """Fit one temperature, and write it into a new checkpoint, NAME_calibrated.ckpt, beside the old one.
+def calibrate(
+    config: Evaluate, classifier: Classifier, digits: Digits, member_logits: Tensor, error_before: float
+) -> Path:
+    """Fit a temperature and the probability that is sure, and write both into a new checkpoint, NAME_calibrated.ckpt.
 
-    The accuracy stays as it is (Guo et al., On Calibration of Modern Neural Networks, 2017).
+    One temperature leaves the accuracy as it is (Guo et al., On Calibration of Modern Neural Networks, 2017). It is
+    fitted on the digits, and with `corruptions` on these too. From the probability on, 99.9 % of answers are right, on
+    the digits and on MNIST-C's corruptions of them.
 
     Args:
-        member_logits: (tta, N, classes), of validation digits, divided by the checkpoint's temperature.
-        labels: (N,).
+        digits: of the validation.
+        member_logits: (tta, N, classes), of these digits, divided by the checkpoint's temperature.
         error_before: the calibration error without the new temperature, for the log.
     """
-    from mnist_cnn.inference.classifier import mean_logits
-    from mnist_cnn.inference.metrics import fit_temperature, score
-    from mnist_cnn.models.checkpoint import find_checkpoint, rebuild, save_weights
+    import torch
 
-    path = find_checkpoint(checkpoint)
+    from mnist_cnn.data.corruptions import CORRUPTIONS
+    from mnist_cnn.inference.classifier import mean_logits
+    from mnist_cnn.inference.metrics import fit_temperature, score, sure_from
+    from mnist_cnn.models.checkpoint import find_checkpoint, rebuild, save_weights
+    from mnist_cnn.pictures.digit_image import IN_MNIST_FORM
+
+    path = find_checkpoint(config.checkpoint[0])
     network, description = rebuild(path)
-    factor = fit_temperature(member_logits, labels)
-    calibrated = description.model_copy(update={"temperature": description.temperature * factor})
+    everything = [member_logits]
+    if description.data.name in IN_MNIST_FORM or config.corruptions:
+        images = digits.images[:, 0].numpy()
+        corrupted = (torch.from_numpy(corrupt(images))[:, None] for corrupt in CORRUPTIONS.values())
+        everything += [classifier.member_logits(each) for each in corrupted]
+    fitted = everything if config.corruptions else [member_logits]
+    factor = fit_temperature(torch.cat(fitted, 1), digits.labels.repeat(len(fitted)))
+    error = score(mean_logits(member_logits / factor), digits.labels).calibration_error
+    sure = sure_from(mean_logits(torch.cat(everything, 1) / factor), digits.labels.repeat(len(everything)))
+    found = {"temperature": description.temperature * factor, "unsure_below": sure}
     new = path.with_name(f"{path.stem}_calibrated.ckpt")
-    save_weights(new, calibrated, network)
-    error = score(mean_logits(member_logits / factor), labels).calibration_error
-    log.info("temperature %.4f; calibration error before %.4f, after %.4f", calibrated.temperature, error_before, error)
+    save_weights(new, description.model_copy(update=found), network)
+    log.info("temperature %.4f; calibration error before %.4f, after %.4f", found["temperature"], error_before, error)
+    log.info("unsure below %.4f", sure)
     log.info("%s", new)
     return new
 

@@ -1,4 +1,4 @@
-"""mnist-export: a checkpoint as a file for other runtimes, uint8 digits in, probabilities out."""
+"""mnist-export: a checkpoint as a file for other runtimes, or as a page to draw on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Export
-from mnist_cnn.runs.folder import whole
+from mnist_cnn.runs.folder import whole, writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:
@@ -41,16 +41,21 @@ def main() -> None:
 def export(config: Export) -> Path:
     """Write the file that `config.output` names, if its probabilities are the checkpoint's to 1e-5; returns its path.
 
+    A page, .html, may differ by 1e-3: see `write_page`.
+
     Raises:
         UserError: the checkpoint cannot be read, a package is missing, or the probabilities differ.
     """
     from mnist_cnn.inference.classifier import load_classifier
+    from mnist_cnn.inference.page import write_page
     from mnist_cnn.models.checkpoint import rebuild, trust
 
+    output = writable(config.output)
+    if config.format == "html":
+        write_page(config.checkpoint, output)
+        return output
     trust(config.modules)
     network, description = rebuild(config.checkpoint)
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     writers = {"onnx": write_onnx, "torch_export": write_torch_export, "safetensors": write_safetensors}
     with whole(output) as temporary:
         try:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Predict
+from mnist_cnn.runs.folder import writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def predict(config: Predict) -> None:
         SystemExit: with status 1, a picture could not be read; the others were classified.
     """
     refuse_missing(config.images)
+    grid = writable(config.grid) if config.grid else None  # before any picture is read
 
     import torch
     from tqdm import tqdm
@@ -73,20 +75,23 @@ def predict(config: Predict) -> None:
     bar = tqdm(unit=" pictures", disable=None, leave=False)  # on a terminal only
     with bar, prediction_writer(config.output) as writer:
         while batch := list(islice(pictures, BATCH)):
-            drawing = GRID - len(panels) if config.grid else 0
+            drawing = GRID - len(panels) if grid else 0
             read = [read_picture(source, classifier, config, index < drawing) for index, source in enumerate(batch)]
-            found = classify_batch(read, classifier, config.digits)
-            writer.write([row for one, digits in found for row in rows_of(one, digits, classifier.classes, config)])
-            for one, digits in found:
+            found = [
+                (one, digits, rows_of(one, digits, classifier, config))
+                for one, digits in classify_batch(read, classifier, config.digits)
+            ]
+            writer.write([row for *_, rows in found for row in rows])
+            for one, digits, rows in found:
                 if one.error:
+                    failed += 1
                     log.error("error: %s %s", one.name, one.error)
                 elif one.thumbnail:
-                    panels.append(panel(one, digits, boxes=boxed(digits, config)))
-            failed += sum(bool(one.error) for one, _ in found)
+                    panels.append(panel(one, digits, rows))
             count += len(batch)
             bar.update(len(batch))
-    if config.grid:
-        draw_grid(panels, count, Path(config.grid))
+    if grid:
+        draw_grid(panels, count, grid)
     if failed and not config.skip_errors:
         raise SystemExit(1)
 
@@ -102,7 +107,7 @@ def refuse_missing(images: list[str]) -> None:
 
 def read_picture(source: PictureSource, classifier: Classifier, config: Predict, drawing: bool) -> PictureRead:
     """Read a picture and find what may be its digits, or keep the error."""
-    name = source.name.encode(errors="backslashreplace").decode()  # bytes that are no UTF-8 fit into no table
+    name = source.name.encode(errors="surrogateescape").decode(errors="backslashreplace")  # bytes that are no UTF-8
     try:
         picture = source.read()
         candidates = classifier.candidates(picture, config.mode, always=config.digits == "several")
@@ -127,20 +132,17 @@ def classify_batch(
     ]
 
 
-def boxed(digits: list[Digit], config: Predict) -> bool:
-    """Whether a picture's digits are shown with their boxes."""
-    return len(digits) > 1 or config.digits == "several"
-
-
-def rows_of(one: PictureRead, digits: list[Digit], classes: list[str], config: Predict) -> list[Prediction]:
+def rows_of(one: PictureRead, digits: list[Digit], classifier: Classifier, config: Predict) -> list[Prediction]:
     """The rows of a picture in the table: one for each digit, or one with its error."""
     from mnist_cnn.inference.predictions import prediction
 
     if one.error:
-        return [prediction(one.name, None, classes, config.top_k, one.error)]
-    number = "".join(digit.label for digit in digits) if boxed(digits, config) else None
+        return [prediction(one.name, None, classifier, config.top_k, one.error)]
+    number = None
+    if len(digits) > 1 or config.digits == "several":
+        number = "".join(digit.label for digit in digits)
     return [
-        prediction(one.name, digit.probabilities, classes, config.top_k, "", number, digit.box if number else None)
+        prediction(one.name, digit.probabilities, classifier, config.top_k, "", number, digit.box if number else None)
         for digit in digits
     ]
 
@@ -159,16 +161,18 @@ def thumbnail(picture: Any) -> tuple[Image, int]:
     return image, width
 
 
-def panel(one: PictureRead, digits: list[Digit], boxes: bool) -> tuple[NDArray[np.uint8], str]:
+def panel(one: PictureRead, digits: list[Digit], rows: list[Prediction]) -> tuple[NDArray[np.uint8], str]:
     """What the grid shows of a picture, and the text above it."""
     from mnist_cnn.inference import plots
 
     assert one.thumbnail is not None
-    if boxes:
-        places = [(digit.label, digit.box) for digit in digits]
-        return plots.digits_in_boxes(one.thumbnail, one.width, places), "".join(digit.label for digit in digits)
-    (digit,) = digits
-    return plots.picture_beside_digit(one.thumbnail, digit.image), f"{digit.label}  {digit.probability:.1%}"
+    first, row = digits[0], rows[0]
+    if row["number"] is None:
+        text = f"{first.label}  {first.probability:.1%}  {row['unsure'] or ''}".rstrip()
+        return plots.picture_beside_digit(one.thumbnail, first.image), text
+    labels = [f"{each['label']}{'?' if each['unsure'] else ''}" for each in rows]
+    boxes = [digit.box for digit in digits]
+    return plots.digits_in_boxes(one.thumbnail, one.width, labels, boxes), row["number"]
 
 
 def draw_grid(panels: list[tuple[NDArray[np.uint8], str]], count: int, path: Path) -> None:

@@ -177,6 +177,7 @@ def conclude(shared: SharedStudy) -> None:
     """
     from mnist_cnn.search.report import figure, parameters, reason, state, write_report
 
+    log.info("writing the report")
     best, finished = write_report(shared), shared.finished()
     if best is None:
         why = next((f"; such as {reason(trial)}" for trial in finished if reason(trial)), "")

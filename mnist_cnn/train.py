@@ -33,7 +33,17 @@ from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Train
 from mnist_cnn.runs.errors import in_one_line
 from mnist_cnn.runs.folder import claim, discard, release
-from mnist_cnn.runs.hydra_app import STOPPED, Console, guarded, in_worker, is_sweep, plain, plain_job, run_command
+from mnist_cnn.runs.hydra_app import (
+    STOPPED,
+    Console,
+    guarded,
+    in_worker,
+    is_sweep,
+    literal_paths,
+    plain,
+    plain_job,
+    run_command,
+)
 from mnist_cnn.runs.multirun import run_sweep, state, with_own_threads
 
 if TYPE_CHECKING:
@@ -129,7 +139,7 @@ def train(config: Sequence[str] | Mapping[str, Any] = (), verbose: bool = True) 
     if not _training.acquire(blocking=False):
         raise UserError("another thread of this process trains: wait for it, or train in a process of your own")
     words = [config] if isinstance(config, str) else config
-    overrides = [] if isinstance(words, Mapping) else [str(override) for override in words]
+    overrides = [] if isinstance(words, Mapping) else literal_paths([str(override) for override in words])
     folder: Path | None = None
     previous = HydraConfig.instance().cfg
     try:

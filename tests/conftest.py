@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "conv10": 145_370,
     "conv32_64_64": 93_322,
     "mlp": 407_050,
+    "pytorch_example": 1_199_882,
     "lenet5": 61_706,
     "resnet_small": 77_562,
     "xception_small": 90_250,

@@ -141,6 +141,13 @@ def keras_model(*layers, kind="Sequential"):
     return make
 
 
+def foreign_onnx(path, run_folder):
+    onnx = pytest.importorskip("onnx")
+    values = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in "xyz"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "y"], ["z"])], "sum", values[:2], values[2:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), path)
+
+
 def zipped(config_size, compressed):
     def make(path, run_folder):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
@@ -272,6 +279,7 @@ def spaces(path, run_folder):
     """Search spaces of one line each, as own options of the group sweep."""
     (path / "experiment").mkdir(parents=True)
     (path / "experiment" / "mine.yaml").write_text("optimizer: {lr: 0.1}\n")
+    (path / "experiment" / "chosen.yaml").write_text("defaults: [{override /optimizer: sgd}]\n")
     number = "{type: float, low: 0.1, high: 0.2}"
     lines = {
         "kind": "optimizer.lr: {type: flaot, low: 1, high: 2}",
@@ -314,6 +322,7 @@ FILES = {
     "long.ckpt": long_description,
     "overlapping.ckpt": overlapping,
     "compressed.ckpt": compressed,
+    "compressed.pt": compressed,
     "huge.onnx": sparse_file,
     "foreign.safetensors": lambda path, _: __import__("safetensors.torch").torch.save_file({"a": torch.zeros(1)}, path),
     "damaged.safetensors": lambda path, _: __import__("safetensors.torch").torch.save_file(
@@ -359,7 +368,15 @@ FILES = {
     "lambda.h5": keras_model(("Lambda", {})),
     "after.h5": keras_model(FLAT, OUT, ("Dropout", {"rate": 0.5})),
     "first.h5": keras_model(("Conv2D", {**CONV[1], "data_format": "channels_first"})),
-    "bias.h5": keras_model(FLAT, ("Dense", {**OUT[1], "use_bias": False})),
+    "weights_only.h5": lambda path, _: pytest.importorskip("h5py").File(path, "w").close(),
+    "model.keras": text("hello"),
+    "model.pt": lambda path, _: torch.save(torch.nn.Linear(2, 2), path),
+    "list.pt": lambda path, _: torch.save([1], path),
+    "small.pt": lambda path, _: torch.save(torch.nn.Linear(2, 2).state_dict(), path),
+    "odd.pt": lambda path, _: torch.save(
+        torch.nn.Sequential(torch.nn.Linear(784, 512), torch.nn.Linear(512, 9)).state_dict(), path
+    ),
+    "foreign.onnx": foreign_onnx,
     "oblong.h5": keras_model(("Conv2D", {**CONV[1], "kernel_size": [3, 5]})),
     "input.h5": keras_model(("InputLayer", {"batch_shape": [None, 32, 32, 3]})),
     "reshape.h5": keras_model(CONV, ("Reshape", {})),
@@ -372,7 +389,6 @@ FILES = {
     "dense.h5": keras_model(CONV, OUT),
     "elu.h5": keras_model(("Conv2D", {**CONV[1], "activation": "elu"})),
     "linear.h5": keras_model(LINEAR, FLAT),
-    "same.h5": keras_model(("Conv2D", {**CONV[1], "padding": "same", "strides": 2})),
     "activation.h5": keras_model(("Activation", {"activation": "tanh"})),
     "endless.h5": keras_model(FLAT),
     "lastdrop.h5": keras_model(
@@ -381,6 +397,7 @@ FILES = {
 }
 EVALUATE, PREDICT, EXPORT = "mnist-evaluate checkpoint=", "mnist-predict checkpoint=", "mnist-export checkpoint="
 IMAGES, KERAS = "mnist-predict checkpoint=RUN images=", "mnist-import output=x.ckpt keras="
+TORCH = "mnist-import output=x.ckpt architecture=mlp torch="
 TRAIN = "mnist-train data=digits epochs=1 plots=false architecture=conv10 "
 SWEEP, OWN = "mnist-sweep sweep=learning_rate data=digits", "mnist-sweep --config-dir spaces data=digits sweep="
 TABLE = [
@@ -396,6 +413,30 @@ TABLE = [
     (f"{TRAIN} model=conv10", 2, ["did you mean architecture?"]),
     (f"{TRAIN} dataset=mnist", 2, ["did you mean data?"]),
     (f"{TRAIN} max_epochs=3", 2, ["did you mean epochs?"]),
+    (f"{TRAIN} optimizer.Learning-Rate=3", 2, ["did you mean optimizer.lr?"]),
+    (f"{TRAIN} optimizer=ADAMW", 2, ["did you mean adamw?"]),
+    (f"{TRAIN} activation=relu", 2, ["did you mean architecture.activation?"]),
+    (f"{TRAIN} arch=conv10", 2, ["did you mean architecture?"]),
+    (f"{TRAIN} num_workers=4", 2, ["unknown key num_workers; mnist-train --help lists them"]),
+    (f"{TRAIN} checkpoint=RUN", 2, ["start from it by initialize=, or continue its run by resume="]),
+    (f"{PREDICT}RUN model=x", 2, ["unknown key model; did you mean checkpoint?"]),
+    (f"{EVALUATE}RUN batch_size=8", 2, ["unknown key batch_size; mnist-evaluate --help lists them"]),
+    (f"{TRAIN} logger=[csv,tensorbord]", 2, ["logger=tensorbord: no such option; did you mean tensorboard?"]),
+    (f"{TRAIN} callbacks.early_stopping.patience=3", 2, ["it comes with callbacks=early_stopping: give that as well"]),
+    (f"{TRAIN} architecture.blocks.0.dropout=0.5", 2, ["add it by +architecture.blocks.0.dropout=…"]),
+    (f"{TRAIN} architecture.blocks.0.filter=3", 2, ["unknown key architecture.blocks.0.filter; did you mean filters?"]),
+    (f"{TRAIN} architecture.blocks.filters=3", 2, ["a list's items have numbers"]),
+    (f"{TRAIN} 'architecture.dense={{units:64}}'", 2, ["put brackets around it, as in architecture.dense=[{…}]"]),
+    (f"{TRAIN} architecture.dense=units:64 architecture.dense=dropout:0.5", 2, ["single quotes"]),
+    (f"{TRAIN} epochs = 3", 2, ["epochs: expected key=value, without spaces, as in epochs=3"]),
+    (f"{TRAIN} -m seed=1, 2", 2, ["seed=1,: the shell has taken it apart"]),
+    (f"{TRAIN} -m seed=1 seed=2", 2, ["seed is given 2 times: the values of a sweep stand together"]),
+    ("mnist-train --config-dir spaces experiment=chosen", 2, ["must be: # @package _global_"]),
+    ("mnist-train experiment=mine/own.yaml", 2, ["your own file is an option by --config-dir FOLDER"]),
+    (f"{TRAIN} hydra.run.dir=text.png", 2, ["text.png cannot be written (File exists)", "hydra.run.dir=FOLDER"]),
+    (f"{IMAGES}text.png grid=/dev/null/x.png", 2, ["/dev/null/x.png cannot be written"]),
+    (f"{EXPORT}RUN output=/dev/null/x.onnx", 2, ["/dev/null/x.onnx cannot be written"]),
+    (f"{IMAGES}七.png", 2, ["七.png does not exist: give a picture"]),
     (f"{TRAIN} trainer.zzz=1", 2, ["unknown key trainer.zzz; trainer has ", "gradient_clip_val", "max_time"]),
     (f"{TRAIN} hparams_search=mnist", 2, ["searches are mnist-sweep's"]),
     (f"{TRAIN} hydra/sweeper=optuna", 2, ["hydra/sweeper/optuna: no such sweeper: searches are mnist-sweep's"]),
@@ -563,6 +604,7 @@ TABLE = [
     (f"{EVALUATE}damaged.safetensors", 2, ["has a damaged description"]),
     # mnist-evaluate, mnist-export
     (f"{EVALUATE}RUN split=train", 2, ["split='train'", "'test' or 'validation'"]),
+    (f"{EVALUATE}RUN corruptions=mnistc", 2, ["corruptions='mnistc'", "'mnist_c'"]),
     (f"{EVALUATE}RUN data=cifar", 2, ["data=cifar", "digits"]),
     (f"{EVALUATE}RUN chekpoint=3", 2, ["unknown key chekpoint", "did you mean checkpoint"]),
     ("mnist-evaluate", 2, ["checkpoint is missing"]),
@@ -605,20 +647,33 @@ TABLE = [
     (f"{KERAS}lambda.h5", 2, ["layer layer0 is a Lambda, which ConvNet cannot express; it was not run"]),
     (f"{KERAS}after.h5", 2, ["layer layer2 (Dropout) stands after the output, which ConvNet cannot express"]),
     (f"{KERAS}first.h5", 2, ["has data_format channels_first"]),
-    (f"{KERAS}bias.h5", 2, ["has use_bias=False"]),
     (f"{KERAS}oblong.h5", 2, ["has kernel_size=[3, 5]"]),
     (f"{KERAS}input.h5", 2, ["has the shape [None, 32, 32, 3]"]),
     (f"{KERAS}reshape.h5", 2, ["stands after the first layer"]),
     (f"{KERAS}rescaling.h5", 2, ["is no single scale and offset before the first layer"]),
     (f"{KERAS}conv.h5", 2, ["stands after Flatten"]),
-    (f"{KERAS}norm.h5", 2, ["does not follow a convolution or its activation"]),
+    (f"{KERAS}norm.h5", 2, ["does not follow a convolution, its activation or its pooling"]),
+    (f"{KERAS}weights_only.h5", 2, ["it holds weights only; save the network with them"]),
+    (f"{EVALUATE}model.keras", 2, ["model.keras is Keras's: mnist-import keras=model.keras output="]),
+    (f"{EVALUATE}foreign.onnx", 2, ["foreign.onnx comes from another program: it has no description"]),
+    (f"{EVALUATE}small.pt", 2, ["comes from another program", "mnist-import torch=FILE.pt"]),
+    ("mnist-import output=x.ckpt", 2, ["give keras=FILE or torch=FILE, one of the two"]),
+    (f"{KERAS}a.h5 torch=a.pt", 2, ["give keras=FILE or torch=FILE, one of the two"]),
+    (f"{KERAS}a.h5 std=1", 2, ["std goes with torch= alone"]),
+    (f"{TORCH}none.pt", 2, ["torch=none.pt does not exist"]),
+    (f"{TORCH}model.pt", 2, ["model.pt is not a whole state_dict, as torch.save(model.state_dict(), ...) writes it"]),
+    (f"{TORCH}list.pt", 2, ["list.pt has list; the architecture has 4 weights: dense.0.0.weight, dense.0.0.bias"]),
+    (f"{TORCH}small.pt", 2, ["small.pt has weight, bias; the architecture has 4 weights"]),
+    (f"{TORCH}odd.pt", 2, ["odd.pt: its weights do not fit", "logits.weight", "(9, 512), expected", "(10, 512)"]),
+    (f"{TORCH}compressed.pt", 2, ["it is compressed, as torch never writes it"]),
+    (f"{TORCH}odd.pt divide_by_255=true", 2, ["divide_by_255 goes with keras= alone"]),
+    ("mnist-import torch=odd.pt output=x.ckpt", 2, ["holds weights only: give architecture=pytorch_example"]),
     (f"{KERAS}pool.h5", 2, ["does not follow a convolution"]),
     (f"{KERAS}strides.h5", 2, ["has strides that are not its pool_size"]),
     (f"{KERAS}dropout.h5", 2, ["does not follow a block or a dense layer"]),
     (f"{KERAS}dense.h5", 2, ["stands before Flatten"]),
     (f"{KERAS}elu.h5", 2, ["has activation 'elu'"]),
     (f"{KERAS}linear.h5", 2, ["follows a layer without an activation"]),
-    (f"{KERAS}same.h5", 2, ["has padding same with an even kernel or a stride"]),
     (f"{KERAS}activation.h5", 2, ["is 'tanh' there"]),
     (f"{KERAS}endless.h5", 2, ["the model does not end in a Dense layer of softmax or without an activation"]),
 ]

@@ -11,19 +11,23 @@ import shutil
 import struct
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 from conftest import PATIENCE, REPOSITORY, metrics, said
+from PIL import Image
 from torch.nn import functional as F
 
 from mnist_cnn import MNISTDataModule, load_classifier
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.config.settings import Augmentation
+from mnist_cnn.config.settings import CONF, Augmentation
 from mnist_cnn.data import augmentation, datasets, download
-from mnist_cnn.data.augmentation import Affine, warped
+from mnist_cnn.data.augmentation import HANDS, Augment, damaged, other_hand, warped
+from mnist_cnn.data.corruptions import CORRUPTIONS
 from mnist_cnn.data.datamodule import DigitLoader
 from mnist_cnn.data.datasets import Digits, load
 
@@ -233,27 +237,82 @@ def test_the_grid_is_torchs_own(digits):
     assert torch.allclose(warped(digits, amounts(20, right=2, down=-1)), expected, atol=1e-3)
 
 
-def test_each_digit_is_warped_by_draws_of_its_own_that_a_seed_fixes(digits):
-    augment = Affine(Augmentation(rotation=15, shift=2, scale=0.1, shear=5))
-    one = digits[:1].expand(20, -1, -1, -1)
+@pytest.mark.parametrize("option", ["affine", "robust"])
+def test_each_digit_is_changed_by_draws_of_its_own_that_a_seed_fixes(digits, option):
+    augment = Augment(Augmentation(**yaml.safe_load((CONF / f"augmentation/{option}.yaml").read_text())))
+    one, labels = digits[:1].expand(20, -1, -1, -1), torch.zeros(20, dtype=torch.int64)
     torch.manual_seed(3)
-    first, second = augment(one), augment(one)
+    first, second = augment(one, labels), augment(one, labels)
     assert len({tuple(image.flatten().tolist()) for image in torch.cat([first, second])}) == 40
     torch.manual_seed(3)
-    assert torch.equal(augment(one), first)
+    assert torch.equal(augment(one, labels), first)
     with torch.autocast("cpu", torch.bfloat16):  # no pixel moves for want of precision
         torch.manual_seed(3)
-        assert torch.equal(augment(one), first)
+        assert torch.equal(augment(one, labels), first)
 
 
 def test_draws_stay_within_their_bounds_and_reach_them(digits, monkeypatch):
     seen = []
     monkeypatch.setattr(augmentation, "warped", lambda images, amounts: seen.append(amounts))
-    Affine(Augmentation(rotation=90, shift=3, scale=0.2, shear=45))(digits[:1].expand(2000, -1, -1, -1))
+    augment = Augment(Augmentation(rotation=90, shift=3, scale=0.2, shear=45))
+    augment(digits[:1].expand(2000, -1, -1, -1), torch.zeros(2000))
     bounds = torch.tensor([math.pi / 2, math.pi / 4, 0.2, 3, 3])
     assert torch.allclose(seen[0].abs().amax(1), bounds, rtol=0.01)
     assert (seen[0].abs().amax(1) <= bounds).all()
     assert torch.allclose(seen[0].mean(1), torch.zeros(5), atol=0.06 * 3)
+
+
+def upright(label):
+    """50 digits that are one straight stroke, float (50, 1, 28, 28), and their labels."""
+    images = torch.zeros(50, 1, 28, 28)
+    images[..., 4:24, 13:15] = 255.0
+    return images, torch.full((50,), label)
+
+
+@pytest.mark.parametrize("label", [label for label in range(10) if label != 4])
+def test_another_hand_adds_strokes_to_the_digits_that_have_such(label):
+    images, labels = upright(label)
+    drawn = other_hand(images, labels)
+    assert (drawn >= images).all()  # the digit itself stays
+    changed = (drawn != images).flatten(1).any(1)
+    assert changed.any() == (label in {hand[0] for hand in HANDS})
+    assert not changed.all()  # half of them, each on its own
+    if label == 7:
+        left, right = drawn[..., 8:20, :12].amax((1, 2, 3)), drawn[..., 8:20, 16:].amax((1, 2, 3))
+        assert ((left > 0) == (right > 0)).all()  # crossed: on both sides of the middle
+
+
+def test_a_4_is_closed_at_its_top():
+    images = torch.zeros(50, 1, 28, 28)
+    images[..., 4:14, 8:10] = images[..., 4:24, 18:20] = images[..., 13:15, 8:20] = 255.0
+    drawn = other_hand(images, torch.full((50,), 4))
+    closed = drawn[:, 0, 3:6, 13].amax(1) > 200
+    assert closed.any()
+    assert torch.equal(drawn[~closed], images[~closed])
+
+
+def test_damage_leaves_pixels_in_their_range_and_digits_for_the_greater_part(digits):
+    torch.manual_seed(0)
+    images = digits.float().repeat(20, 1, 1, 1)
+    changed = damaged(images)
+    assert changed.isfinite().all()
+    assert changed.min() >= 0
+    assert changed.max() <= 255.01
+    untouched = ((changed - images).abs() < 0.01).flatten(1).all(1).float().mean().item()
+    assert 0.1 < untouched < 0.35  # 0.85 ** 10 = 0.2
+    similar = torch.nn.functional.cosine_similarity(changed.flatten(1), images.flatten(1))
+    assert similar.median() > 0.6
+
+
+def test_hands_are_for_digits_only(run):
+    for label in "ab":
+        picture = Image.fromarray(load("digits", "unused")[1].images[0, 0].numpy())
+        for number in range(10):
+            path = Path("letters", label, f"{number}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    ended = run("mnist-train", "data=folder", "data.root=letters", "experiment=robust", "data.validation=0")
+    said(ended, "augmentation.hands=0.5 draws strokes of the digits 0 to 9, and data=folder has other classes")
 
 
 def test_warped_digits_are_the_digits_of_training_alone(run, tmp_path):
@@ -267,6 +326,106 @@ def test_warped_digits_are_the_digits_of_training_alone(run, tmp_path):
     classifier = load_classifier(folder)
     right = (classifier.logits(test.images).argmax(1) == test.labels).sum().item()
     assert metrics(folder)["test/accuracy"] == right / len(test.labels) > 0.5
+
+
+# --- corrupted digits -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return ready(validation=0).test.images[:100, 0].numpy()
+
+
+def bars(count):
+    """Upright strokes, 16×3, with their centre in the middle of 28×28 but half a pixel."""
+    digits = np.zeros((count, 28, 28), np.uint8)
+    digits[:, 6:22, 12:15] = 255
+    return digits
+
+
+def means(digits):
+    """The centre of mass (row, column) of each digit."""
+    y, x = np.mgrid[:28, :28]
+    total = digits.sum((1, 2), dtype=float)
+    return np.stack([(digits * y).sum((1, 2)) / total, (digits * x).sum((1, 2)) / total], 1)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corruption_changes_digits_alike_each_time(clean, name):
+    before = clean.copy()
+    corrupted = CORRUPTIONS[name](clean)
+    assert (corrupted.shape, corrupted.dtype) == (clean.shape, np.uint8)
+    assert np.array_equal(clean, before)
+    assert (corrupted != clean).any((1, 2)).mean() > 0.95
+    assert np.array_equal(corrupted, CORRUPTIONS[name](clean))
+    by_chance = name not in ("scale", "brightness", "stripe", "canny_edges")
+    assert np.array_equal(corrupted, CORRUPTIONS[name](clean, seed=1)) != by_chance
+    blank = CORRUPTIONS[name](np.zeros((2, 28, 28), np.uint8))
+    assert blank.any() == (name in ("impulse_noise", "brightness", "stripe", "spatter", "dotted_line", "zigzag"))
+
+
+def test_corruptions_of_single_pixels(clean):
+    shot = CORRUPTIONS["shot_noise"](clean)
+    assert set(np.unique(shot)) == {0, 85, 170, 255}
+    assert not shot[clean == 0].any()
+    grey = np.full((200, 28, 28), 100, np.uint8)
+    impulse = CORRUPTIONS["impulse_noise"](grey)
+    assert np.mean(impulse == 255) == pytest.approx(0.085, abs=0.005)
+    assert np.mean(impulse == 0) == pytest.approx(0.085, abs=0.005)
+    assert np.mean(impulse == 100) == pytest.approx(0.83, abs=0.005)
+    np.testing.assert_allclose(CORRUPTIONS["brightness"](clean), (clean + 127.5).clip(0, 255), atol=0.51)
+    stripe = CORRUPTIONS["stripe"](clean)
+    assert np.array_equal(stripe[:, :, 7:21], clean[:, :, 7:21])
+    assert np.array_equal(stripe[:, :, [0, 6, 21, 27]], 255 - clean[:, :, [0, 6, 21, 27]])
+
+
+def test_corruptions_that_move_digits():
+    digits = bars(20)
+    moves = means(CORRUPTIONS["translate"](digits)) - means(digits)
+    np.testing.assert_allclose(abs(moves), 3)
+    assert {tuple(move) for move in np.sign(moves).tolist()} == {(-1, -1), (-1, 1), (1, -1), (1, 1)}
+    scaled = CORRUPTIONS["scale"](digits)
+    assert (scaled[0, :, 13] > 127).sum() == pytest.approx(0.7 * 16, abs=1)
+    for name, slope in (("rotate", math.tan(0.4)), ("shear", math.tan(0.4))):
+        ink = CORRUPTIONS[name](digits).astype(float)
+        columns = (ink * np.arange(28)).sum(2) / np.maximum(ink.sum(2), 1)  # where the stroke is in each row
+        slopes = (columns[:, 18] - columns[:, 9]) / 9
+        np.testing.assert_allclose(abs(slopes), slope, atol=0.05)
+        assert slopes.min() < 0 < slopes.max()
+
+
+def test_corruptions_that_blur_keep_the_ink():
+    digits = bars(200)
+    for name in ("glass_blur", "motion_blur"):
+        blurred = CORRUPTIONS[name](digits)
+        np.testing.assert_allclose(blurred.sum((1, 2), dtype=float), digits[0].sum(), rtol=0.03)
+    assert means(blurred)[:, 1].max() < 12  # motion smears it to one side
+
+
+def test_corruptions_that_cover_digits(clean):
+    covered = {name: CORRUPTIONS[name](clean).astype(int) for name in ("spatter", "dotted_line", "zigzag")}
+    fog = CORRUPTIONS["fog"](bars(100))  # three parts of cloud to one of the digit
+    assert fog[:, 6:22, 12:15].mean() - fog[:, 6:22, [11, 15]].mean() == pytest.approx(255 / 4, abs=3)
+    assert fog[:, :5].mean() == pytest.approx(0.75 * 255 / 2, rel=0.2)
+    mud = covered["spatter"][clean == 0]
+    assert set(np.unique(mud)) <= {0, *range(50, 64)}
+    assert 0.03 < (mud > 0).mean() < 0.3
+    dots = (covered["dotted_line"] - clean).any((0, 1))
+    assert [*np.flatnonzero(dots)] == [column for column in range(27) if column % 4 in (2, 3)]
+    lines = (covered["zigzag"] - clean).any((0, 1))
+    assert np.flatnonzero(lines)[[0, -1]] == pytest.approx([2, 25], abs=2)
+
+
+def test_canny_edges_are_the_outline():
+    square = np.zeros((1, 28, 28), np.uint8)
+    square[0, 8:20, 8:20] = 255
+    edges = CORRUPTIONS["canny_edges"](square)[0]
+    assert set(np.unique(edges)) == {0, 255}
+    assert not edges[11:17, 11:17].any()
+    assert not edges[:6].any()
+    assert {7, 8} & (found := {*np.flatnonzero(edges[13])})
+    assert {19, 20} & found
+    assert found <= {7, 8, 19, 20}
 
 
 # --- files and mirrors --------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_a_folder_scores_a_network_that_never_saw_it(run, tmp_path, trained):
     count = len(list((tmp_path / "mine").rglob("*.png")))
     ended = run("mnist-evaluate", f"checkpoint={trained}", "data=folder", "data.root=mine", "plots=false")
     assert ended.status == 0, ended.err
-    assert ended.err == "warning: 1 file is no picture by the ending and left out: mine/3/notes.txt\n"
+    assert ended.err == "warning: left out as no picture: 1 file (.txt), such as mine/3/notes.txt\n"
     found = list(csv.DictReader((ended.folder() / "incorrect.csv").open()))
     accuracy = json.loads((ended.folder() / "evaluation.json").read_text())["accuracy"]
     assert accuracy == pytest.approx(1 - len(found) / count)

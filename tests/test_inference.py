@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +19,11 @@ from torch.nn import functional as F
 
 from mnist_cnn import load_classifier
 from mnist_cnn.config.schema import UserError
+from mnist_cnn.data.corruptions import CORRUPTIONS
 from mnist_cnn.data.datasets import load
 from mnist_cnn.inference.classifier import mean_logits, shifted
-from mnist_cnn.inference.metrics import fit_temperature, score, wilson_interval
+from mnist_cnn.inference.metrics import fit_temperature, score, sure_from, wilson_interval
+from mnist_cnn.inference.robustness import score_corruptions
 from mnist_cnn.models.checkpoint import read_checkpoint
 from mnist_cnn.pictures.digit_image import in_mnist_form, mnist_form
 
@@ -233,20 +236,27 @@ def test_a_name_may_have_any_letters_and_signs(run, trained, folder, monkeypatch
         ended = run("mnist-predict", f"checkpoint={checkpoint}", *words)
         assert (ended.status, ended.err) == (0, "")
     rows = list(csv.DictReader((folder / "数字=1, é.csv").open(encoding="utf-8")))
-    assert [row["path"] for row in rows] == ["0.png", "caf\\udce9.png", "七 =1.png"]
+    assert [row["path"] for row in rows] == ["0.png", "caf\\xe9.png", "七 =1.png"]
+    ended = run("mnist-predict", "checkpoint=[~/back\\slash,back\\slash]", "images=[七 =1.png, ~/0.png]")
+    assert (ended.status, ended.err) == (0, "")
+    assert run("mnist-predict", "checkpoint=back\\slash", "images=七*.png").out.count("png") == 1
     assert (folder / "out" / "图.png").is_file()
 
 
 def test_a_folders_hidden_files_are_left_out_and_others_counted(run, trained, folder):
     picture = Image.open(folder / "0.png")
-    for name in ("0.png", "8.jfif", "._0.png", "__MACOSX/1.png", ".ipynb_checkpoints/2.png", "seven.heic", "noending"):
+    formats = {"1.jfif": "JPEG", "2.pgm": "PPM", "3.jp2": "JPEG2000", "noending": "JPEG"}
+    hidden = ("._0.png", "__MACOSX/1.png", ".ipynb_checkpoints/2.png")
+    for name in ("0.png", *formats, *hidden, "seven.heic"):
         place = folder / "photos" / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(place, "JPEG" if name == "8.jfif" else "PNG")
+        picture.save(place, formats.get(name, "PNG"))
+    (folder / "photos" / "LICENSE").write_text("no picture")
     ended = run("mnist-predict", f"checkpoint={trained}", "images=photos", "output=out.csv")
     assert ended.status == 0
-    assert ended.err == "warning: 2 files are no pictures by the ending and left out: photos/noending\n"
-    assert [row["path"] for row in csv.DictReader((folder / "out.csv").open())] == ["photos/0.png", "photos/8.jfif"]
+    assert ended.err == "warning: left out as no picture: 2 files (.heic, no ending), such as photos/LICENSE\n"
+    read = [row["path"] for row in csv.DictReader((folder / "out.csv").open())]
+    assert read == [f"photos/{name}" for name in ("0.png", *formats)]
 
 
 def test_the_terminal_shows_an_error_once(run, trained, folder):
@@ -321,6 +331,34 @@ def test_evaluate_on_the_digits_that_the_run_held_out(run, trained):
 def test_evaluate_on_other_data(run, trained, mnist_root):
     ended = run("mnist-evaluate", f"checkpoint={trained}", "data=mnist", f"data.root={mnist_root}", "plots=false")
     assert "10,000 digits" in ended.out
+
+
+def test_the_error_on_each_corruption(run, trained, held_out):
+    ended = run("mnist-evaluate", f"checkpoint={trained}", "corruptions=mnist_c")
+    figures = json.loads((ended.folder() / "evaluation.json").read_text())["corruptions"]
+    assert [*figures] == [*CORRUPTIONS, "mean"]
+    assert re.search(r"^fog +\d+\.\d\d +\d+\.\d\d +0$", ended.out, flags=re.MULTILINE)
+    assert (ended.folder() / "plots" / "corruptions.png").exists()
+    labels = held_out.labels.numpy()
+    classifier = load_classifier(trained)
+    zigzag = classifier.probabilities(CORRUPTIONS["zigzag"](held_out.images[:, 0].numpy()), mode="exact")
+    assert figures["zigzag"]["error"] == pytest.approx((zigzag.argmax(1) != labels).mean())
+    each = [row["error"] for name, row in figures.items() if name != "mean"]
+    assert figures["mean"]["error"] == pytest.approx(sum(each) / 15)
+
+
+def test_a_corrupted_digit_that_the_form_refuses_is_wrong(trained, held_out):
+    """A network of MNIST's digits reads pictures through the form, which finds none in blank ones."""
+    classifier = load_classifier(trained)
+    member = classifier.members[0]
+    data = member.description.data.model_copy(update={"name": "mnist"})
+    classifier.members = [member._replace(description=member.description.model_copy(update={"data": data}))]
+    images, labels = held_out.images[:8, 0].numpy().copy(), held_out.labels[:8].numpy()
+    images[:4] = 0
+    row = score_corruptions(classifier, images, labels)["scale"]
+    assert row["refused"] == 4
+    assert row["form_error"] >= 0.5
+    assert row["form_error"] < 1
 
 
 def test_incorrect_digits_are_listed_with_their_probabilities(run, trained, held_out):
@@ -421,6 +459,7 @@ def test_calibration_writes_one_temperature_into_a_new_checkpoint(run, trained, 
     assert (tmp_path / "sure.ckpt").read_bytes() == before
     new = load_classifier(tmp_path / "sure_calibrated.ckpt")
     assert new.description.temperature > 1.5
+    assert 0.5 < new.description.unsure_below <= 1
     test = load("digits", "unused")[1]
     old = load_classifier(tmp_path / "sure.ckpt")
     warm, cold = (score(classifier.logits(test.images), test.labels) for classifier in (new, old))
@@ -484,6 +523,33 @@ def test_a_temperature_of_shifts_divides_each_before_the_mean():
     loss = [F.nll_loss(mean_logits(each / t), labels).item() for t in (0.9 * found, found, 1.1 * found)]
     assert loss[1] == min(loss)
     assert fit_temperature(each[0], labels) == fit_temperature(each[:1], labels)
+
+
+def test_from_a_sure_probability_on_answers_are_right():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 10, (5000,))
+    logits = 3 * F.one_hot(labels, 10) + torch.randn(5000, 10)
+    probabilities, predicted = torch.softmax(logits.double(), 1).max(1)
+    sure = sure_from(logits, labels, 0.99)
+    assert (predicted == labels).double().mean() < 0.97
+    assert (predicted == labels)[probabilities >= sure].double().mean() >= 0.99
+    assert (probabilities >= sure).double().mean() > 0.5  # and it is the least such
+    assert sure_from(-logits, labels) == 1
+
+
+def test_rows_below_the_sure_probability_are_marked(run, trained, tmp_path):
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    np.save("digits.npy", load("digits", "unused")[1].images[:40, 0].numpy())
+    sure = load_classifier(trained).probabilities(np.load("digits.npy")).max(1)
+    content["mnist_cnn"]["unsure_below"] = float(np.median(sure))
+    torch.save(content, "tested.ckpt")
+    assert run("mnist-predict", "checkpoint=tested.ckpt", "images=digits.npy", "output=rows.csv").status == 0
+    with Path("rows.csv").open() as file:
+        marks = [row["unsure"] for row in csv.DictReader(file)]
+    assert marks == ["unsure" if each < np.float32(np.median(sure)) else "" for each in sure]
+    ended = run("mnist-predict", f"checkpoint={trained}", "images=digits.npy")
+    assert "unsure" not in ended.out
+    assert "unsure" in run("mnist-predict", "checkpoint=tested.ckpt", "images=digits.npy").out
 
 
 def test_calibrating_with_tta(run, trained):

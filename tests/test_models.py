@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,6 +13,7 @@ from conftest import ARCHITECTURES, CONF, REPOSITORY, metrics, said
 from torch import nn
 from torch.nn import functional as F
 
+from mnist_cnn import load_classifier
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.data.datasets import load
 from mnist_cnn.models.checkpoint import FORMAT, Description, read_checkpoint, rebuild, save, save_weights
@@ -132,7 +134,8 @@ def test_blocks_of_every_kind():
     blocks = [
         {"filters": 6, "kernel": 5, "padding": 2, "pool": 2, "batch_norm": "after"},
         {"filters": 8, "kernel": 3, "padding": 1, "separable": True, "residual": True, "batch_norm": True},
-        {"filters": 8, "kernel": 3, "padding": 1, "residual": True, "activation": "silu", "pool": 14, "pooling": "max"},
+        {"filters": 8, "kernel": 3, "padding": 1, "residual": True, "activation": "silu", "pool": 14, "pooling": "max"}
+        | {"batch_norm": "last"},
     ]
     network = ConvNet(
         {"blocks": blocks, "dense": [{"units": 5, "activation": "tanh"}], "activation": "gelu", "pooling": "avg"}
@@ -144,7 +147,7 @@ def test_blocks_of_every_kind():
     (each, across), norm = second[0].layers
     assert (each.groups, across.kernel_size, each.bias) == (6, (1, 1), None)
     y = F.gelu(norm(across(each(y))) + second[0].shortcut(y))
-    y = F.max_pool2d(F.silu(third[0].layers(y) + y), 14)
+    y = third[3](F.max_pool2d(F.silu(third[0].layers(y) + y), 14))
     y = network.logits(torch.tanh(network.dense[0][0](y.flatten(1))))
     torch.testing.assert_close(network(x), y)
     rows = network.specification.layers()
@@ -377,3 +380,62 @@ def test_what_cannot_be_built_is_refused_by_block_and_shape(specification, words
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+# --- mnist-import torch= ----------------------------------------------------------------------------------------
+
+
+class PyTorchExample(nn.Module):
+    """The layers of examples/mnist/main.py."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3), nn.Conv2d(32, 64, 3)
+        self.fc1, self.fc2 = nn.Linear(9216, 128), nn.Linear(128, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
+        return F.log_softmax(self.fc2(F.relu(self.fc1(x.flatten(1)))), 1)
+
+
+FOREIGN = {
+    "pytorch_example": (PyTorchExample, 0.1307, 0.3081, []),
+    "lenet5": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(6, 16, 5), nn.Tanh()),
+            *(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh()),
+            *(nn.Linear(84, 10), nn.LogSoftmax(1)),
+        ),
+        *(0.0, 1.0, ["mean=0", "std=1"]),
+    ),
+    "norms and no dense layer": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(5, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(6)),
+            *(nn.Flatten(), nn.Linear(6 * 5 * 5, 10), nn.LogSoftmax(1)),
+        ),
+        *(0.5, 0.5, ["mean=0.5", "std=0.5", "architecture=conv10", "architecture.dense=[]"]),
+        "architecture.blocks=[{filters:5,kernel:3,batch_norm:true,pool:2},{filters:6,kernel:3,pool:2,batch_norm:last}]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("within", [None, "model_state_dict"])
+def test_the_weights_of_a_plain_network_give_its_probabilities(run, name, within):
+    make, mean, std, words, *more = FOREIGN[name]
+    torch.manual_seed(0)
+    network = make()
+    images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
+    inputs = (images / 255 - mean) / std
+    network.train()(inputs)  # so that the figures of norms are no start's
+    state = network.eval().state_dict()
+    torch.save({within: state, "epoch": 3} if within else state, "model.pt")
+    choice = [] if more else [f"architecture={name}"]
+    ended = run("mnist-import", "torch=model.pt", "output=x.ckpt", *choice, *words, *more)
+    assert ended.status == 0, ended
+    assert "scikit-learn's digits are right" in ended.err  # no network that has learnt anything
+    with torch.no_grad():
+        expected = network(inputs).exp().numpy()
+    found = load_classifier("x.ckpt", "cpu").probabilities(images, mode="exact")
+    np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -8,9 +8,12 @@ import os
 os.environ["KERAS_BACKEND"] = "torch"
 
 import functools
+import io
+import json
 import math
 import re
 import sys
+import zipfile
 
 import absl.logging
 import keras
@@ -222,10 +225,14 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (1000, 28, 28)).astype(np.uin
 
 def assert_equal_after_import(run, model, name, inputs):
     model.save(name)
-    ended = run("mnist-import", f"keras={name}", "output=imported.ckpt")
+    assert_equal_file(run, name, model.predict(inputs, verbose=0, batch_size=500))
+
+
+def assert_equal_file(run, name, expected):
+    ended = run("mnist-import", f"keras={name}", "output=imported.ckpt", "divide_by_255=true")
     assert ended.status == 0, ended
     found = load_classifier("imported.ckpt", "cpu").probabilities(PIXELS, mode="exact")
-    np.testing.assert_allclose(found, model.predict(inputs, verbose=0, batch_size=500), atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("ending", ["h5", "keras"])
@@ -267,15 +274,148 @@ def test_other_activations_pooling_and_norms(run, ending):
     assert_equal_after_import(run, model, f"model.{ending}", PIXELS[..., None].astype(np.float32) / 255)
 
 
+def with_norms(*parts):
+    """A model of these layers, with figures of its norms that are no start's, factors below 0 among them."""
+    model = keras.Sequential([keras.Input((28, 28, 1)), *parts])
+    generator = np.random.default_rng(1)
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            *affine, mean, variance = layer.get_weights()
+            affine = [generator.uniform(-1, 1.5, each.shape) for each in affine]
+            layer.set_weights([*affine, generator.normal(size=mean.shape), generator.uniform(0.5, 1.5, variance.shape)])
+    return model
+
+
+@pytest.mark.parametrize("ending", ["h5", "keras"])
+def test_norms_anywhere_layers_without_bias_and_strides_with_padding_same(run, ending):
+    norm = layers.BatchNormalization
+    model = with_norms(
+        Conv2D(6, 3, use_bias=False, activation="relu"),
+        norm(),
+        Conv2D(7, 5, strides=2, padding="same", activation="relu"),
+        MaxPooling2D(2),
+        norm(),
+        Dropout(0.4),
+        Conv2D(8, 2, padding="same", activation="relu"),
+        MaxPooling2D(2),
+        Dropout(0.4),
+        norm(center=False),
+        Conv2D(9, 3, padding="same", use_bias=False),
+        norm(scale=False),
+        layers.ReLU(),
+        Flatten(),
+        norm(),
+        Dense(12, use_bias=False),
+        norm(scale=False),
+        layers.Activation("relu"),
+        Dropout(0.3),
+        Dense(11, activation="relu"),
+        Dropout(0.3),
+        norm(),
+        Dense(10, use_bias=False, activation="softmax"),
+    )
+    assert_equal_after_import(run, model, f"model.{ending}", PIXELS[..., None].astype(np.float32) / 255)
+
+
+def moved(before, after):
+    """A .keras file's groups of weights under other names."""
+
+    def change(path):
+        import h5py
+
+        with zipfile.ZipFile(path) as archive:
+            config, content = archive.read("config.json"), io.BytesIO(archive.read("model.weights.h5"))
+        with h5py.File(content, "r+") as file:
+            for place, name in zip(before, after, strict=True):
+                file.move(place, name)
+            del file["layers"]
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("config.json", config)
+            archive.writestr("model.weights.h5", content.getvalue())
+
+    return change
+
+
+def as_list(path):
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        model = json.loads(file.attrs["model_config"])
+        model["config"] = [layer for layer in model["config"]["layers"] if layer["class_name"] != "InputLayer"]
+        file.attrs["model_config"] = json.dumps(model).encode()
+
+
+GROUPS = ["layers/conv2d", "layers/conv2d_1", "layers/dense"]
+OLD = {
+    "Sequential as a list, before Keras 2.2.3": ("h5", as_list),
+    "Keras 2.13": (
+        "keras",
+        moved(GROUPS, [f"_layer_checkpoint_dependencies/{name}" for name in ("conv2d", "conv2d_2", "dense")]),
+    ),
+    "Keras 2.13 on Windows": (
+        "keras",
+        moved(GROUPS, [f"_layer_checkpoint_dependencies\\{name}" for name in ("conv2d", "conv2d_2", "dense")]),
+    ),
+    "Keras 2.15 on Windows": ("keras", moved(GROUPS, [name.replace("/", "\\") for name in GROUPS])),
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_files_of_older_versions_of_keras(run, kind):
+    ending, change = OLD[kind]
+    convolutions = [Conv2D(4, 3, activation="relu"), Conv2D(4, 3, activation="relu")]
+    model = with_norms(*convolutions, Flatten(), Dense(10, activation="softmax"))
+    model.save(f"model.{ending}")
+    change(f"model.{ending}")
+    inputs = PIXELS[..., None].astype(np.float32) / 255
+    assert_equal_file(run, f"model.{ending}", model.predict(inputs, verbose=0, batch_size=500))
+
+
+@pytest.mark.parametrize("scale", [255, 1])
+@pytest.mark.parametrize("kind", ["dense", "norm"])
+def test_what_pixels_were_divided_by_is_found_out(run, scale, kind):
+    digits = load("digits", "unused").train
+    keras.utils.set_random_seed(1)
+    norm = [layers.BatchNormalization()] if kind == "norm" else []
+    model = keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            Conv2D(8, 5, strides=2, activation="relu"),
+            *norm,
+            Flatten(),
+            Dense(10, activation="softmax"),
+        ]
+    )
+    rate = 0.002 if scale == 255 else 0.0003
+    model.compile(optimizer=keras.optimizers.Adam(rate), loss="sparse_categorical_crossentropy")
+    inputs = digits.images.permute(0, 2, 3, 1).numpy().astype(np.float32) / scale
+    model.fit(inputs, digits.labels.numpy(), batch_size=64, epochs=6, verbose=0)
+    model.save("model.h5")
+    ended = run("mnist-import", "keras=model.h5", "output=x.ckpt")
+    assert ended.status == 0, ended
+    assert f"divide_by_255={str(scale == 255).lower()} was found out" in ended.out
+    assert load_classifier("x.ckpt", "cpu").network.std == scale
+
+
+def test_where_digits_do_not_tell_what_pixels_were_divided_by_it_is_said(run):
+    with_norms(Flatten(), Dense(10, activation="softmax")).save("model.h5")
+    ended = run("mnist-import", "keras=model.h5", "output=x.ckpt")
+    assert ended.status == 0, ended
+    assert "divide_by_255=true and divide_by_255=false are both possible" in ended.err
+    assert load_classifier("x.ckpt", "cpu").network.std == 255
+
+
 REFUSED = {
     "SeparableConv2D": lambda: [layers.SeparableConv2D(4, 3, name="odd"), Flatten()],
     "softplus": lambda: [Conv2D(4, 3, activation="softplus", name="odd"), Flatten()],
     "BatchNormalization": lambda: [
-        Conv2D(4, 3, activation="relu"),
+        Conv2D(4, 3),
         MaxPooling2D(2),
         layers.BatchNormalization(name="odd"),
+        layers.ReLU(),
         Flatten(),
     ],
+    "axis": lambda: [Conv2D(26, 3, activation="relu"), layers.BatchNormalization(axis=1, name="odd"), Flatten()],
     "dilation_rate": lambda: [
         Conv2D(4, 3, activation="relu", dilation_rate=2, name="odd"),
         Flatten(),

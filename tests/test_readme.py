@@ -99,18 +99,19 @@ def test_every_command_is_one_that_runs(own_folders, line):
     if name == "pip":
         extra = re.search(r"\[(.+)\]", words[-1])
         assert extra is None or f"\n{extra[1]} = [" in (REPOSITORY / "pyproject.toml").read_text()
-    elif name.startswith("scripts/") and name != "scripts/train":
+    elif name.startswith("scripts/") and name not in ("scripts/train", "scripts/predict"):
         assert os.access(REPOSITORY / name, os.X_OK), name
     else:
         jobs = check(name.replace("scripts/", "mnist-").removeprefix("mnist-"), words)
         assert jobs == 9 or "all nine combinations" not in line
 
 
-def test_the_first_commands_are_the_ones_that_a_newcomer_types(run):
+def test_the_first_commands_are_the_ones_that_a_newcomer_types(run, digit):
     lines = fenced(FRONT, "bash")[0].splitlines()
     first = [line.partition("#")[0].strip() for line in lines]
-    assert first == ["scripts/train data=digits", "scripts/train", "scripts/test"]
-    ended = run("mnist-train", *first[0].split()[1:], "epochs=1", "plots=false")
+    assert first == ["scripts/predict images=photo.jpg", "scripts/train data=digits", "scripts/train", "scripts/test"]
+    assert run("mnist-predict", f"images={digit}").status == 0
+    ended = run("mnist-train", *first[1].split()[1:], "epochs=1", "plots=false")
     assert ended.status == 0, ended
 
 

@@ -424,6 +424,7 @@ def test_a_users_own_config_directory(run, tmp_path):
 
 
 def test_paths_with_special_characters_mean_themselves(run, tmp_path):
+    said(run("mnist-train", *QUICK, "hydra.run.dir=a" + os.fsdecode(b"\xff")), "the name is no UTF-8")
     odd = tmp_path / "a run, b=1 (x)"
     assert run("mnist-train", *QUICK, f"hydra.run.dir={tmp_path / 'run'}").status == 0
     (tmp_path / "run").rename(odd)
@@ -436,6 +437,16 @@ def test_ctrl_c_while_the_command_line_is_read_ends_without_a_traceback(start):
         "argparse._re.sub = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "argparse.ArgumentParser.format_usage = lambda parser: argparse._re.sub('', '', '')\n"
         "main()"
+    )
+    ended = outcome(start("-c", code))
+    assert (ended.status, ended.err) == (-signal.SIGINT, "")
+
+
+def test_ctrl_c_while_a_command_is_imported_ends_without_a_traceback(start):
+    code = (
+        "import importlib, os, signal, sys, mnist_cnn; sys.argv = ['mnist-train', 'epochs=1']\n"
+        "importlib.import_module = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
+        "mnist_cnn.main()"
     )
     ended = outcome(start("-c", code))
     assert (ended.status, ended.err) == (-signal.SIGINT, "")

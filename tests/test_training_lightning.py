@@ -284,9 +284,10 @@ def test_limits_of_batches_and_accumulation(run):
 
 
 def test_a_fast_dev_run_keeps_nothing(run):
-    ended = run("mnist-train", *SETTINGS, "trainer.fast_dev_run=true")
-    assert (ended.status, ended.err) == (0, "")
-    assert "nothing was kept" in ended.out
+    for words in ((), ("-m", "seed=1,2")):
+        ended = run("mnist-train", *SETTINGS, "trainer.fast_dev_run=true", *words)
+        assert (ended.status, ended.err) == (0, "")
+        assert "nothing was kept" in ended.out
 
 
 def test_early_stopping_ends_a_run(run):

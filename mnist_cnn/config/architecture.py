@@ -50,7 +50,7 @@ Pooling = Literal["max", "avg"]
 
 
 class Block(Strict):
-    """conv → (batch norm) → (+ input) → activation → (batch norm) → (own layer) → (pool) → (dropout)."""
+    """conv → (norm) → (+ input) → activation → (norm "after") → (own layer) → (pool) → (norm "last") → (dropout)."""
 
     filters: int = Field(ge=1, le=4096)
     kernel: int = Field(ge=1, le=IMAGE_SIZE)
@@ -59,7 +59,7 @@ class Block(Strict):
     bias: bool = True  # checkpoints of formats 1 and 2 have no such key, those before 4 none of those below with "4"
     separable: bool = False  # 4: a filter for each channel, then 1×1 across the channels (Chollet, 2017)
     residual: bool = False  # 4: the block's input is added before the activation (He et al., 2015)
-    batch_norm: bool | Literal["after"] = False  # 4: after the activation
+    batch_norm: bool | Literal["after", "last"] = False  # 4: after the activation; 5: last, after the pooling
     activation: Activation | None = None  # 4: the architecture's
     layer: Annotated[Own, BeforeValidator(_own)] | None = None  # 4
     pool: int | None = Field(default=None, ge=1, le=IMAGE_SIZE)
@@ -79,7 +79,7 @@ class Block(Strict):
         else:
             weights = self.kernel**2 * channels * self.filters + self.filters * self.bias
             rows = [Layer(f"convolution {number}", output, weights)]
-        if self.batch_norm:
+        if self.batch_norm in (True, "after"):
             rows.append(Layer(f"batch norm {number}", output, 2 * self.filters))
         if self.residual:
             if 2 * self.padding != self.kernel - 1:
@@ -93,6 +93,8 @@ class Block(Strict):
                 raise ValueError(f"pool {self.pool} is larger than its input of {convolved}×{convolved}")
             output = (convolved // self.pool, convolved // self.pool, self.filters)
             rows.append(Layer(f"{'average' if self.pooling == 'avg' else 'max'} pool {number}", output, 0))
+        if self.batch_norm == "last":
+            rows.append(Layer(f"batch norm {number}", output, 2 * self.filters))
         if self.dropout:
             rows.append(Layer(f"dropout {number}", output, 0))
         return rows

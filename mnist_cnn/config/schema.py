@@ -23,8 +23,12 @@ class NotFiniteError(RunError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean …?"` for the known word that looks most like `word`, or nothing where none does."""
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    by_lower = {each.lower(): each for each in sorted(known, key=lambda each: (len(each), each))}
+    lower = word.lower().replace("-", "_")
+    parts = [each for each in by_lower if each.rpartition(".")[2] == lower]  # of a key, its last word
+    begun = [each for each in by_lower if len(lower) > 2 and each.startswith(lower)]
+    close = parts or begun or difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.55)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
 def explain(error: ValidationError, within: str = "") -> str:
@@ -36,6 +40,8 @@ def explain(error: ValidationError, within: str = "") -> str:
         return f"{key} is missing"
     if finding["type"] in ("string_too_short", "too_short"):
         return f"{key} is empty"
+    if finding["type"] == "string_unicode":
+        return f"{key}={finding['input']!r}: the name is no UTF-8; rename it, or name its folder"
     message = finding["msg"].removeprefix("Value error, ")
     if not finding["msg"].startswith("Input should"):
         return message if key == "" or message.startswith(("architecture", key)) else f"{key}: {message}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,18 +83,22 @@ def _own_name(data: Any) -> Any:
 def _given(root: Any) -> Any:
     if root is None:
         raise ValueError("data.root is missing; give data.root=FOLDER")
-    return str(Path(root).expanduser()) if isinstance(root, str) and root.startswith("~") else root
+    return os.path.expanduser(root) if isinstance(root, str) else root  # noqa: PTH111 — `~x` may be a folder
 
 
 class Augmentation(Strict):
-    """What training digits are warped by, at most; nothing where all are 0."""
+    """How training digits are changed, at most; not at all where all are 0."""
 
     rotation: float = Field(default=0.0, ge=0, le=180)
     shift: float = Field(default=0.0, ge=0, le=14)
     scale: float = Field(default=0.0, ge=0, lt=1)
     shear: float = Field(default=0.0, ge=0, lt=90)
+    elastic: float = Field(default=0.0, ge=0, le=14)
+    thickness: float = Field(default=0.0, ge=0, le=1)
+    hands: float = Field(default=0.0, ge=0, le=1)
+    damage: float = Field(default=0.0, ge=0, le=1)
 
-    def warps(self) -> bool:
+    def changes(self) -> bool:
         return any(self.model_dump().values())
 
 
@@ -149,6 +154,13 @@ Tta = Literal[1, 5, 9]  # test-time augmentation: how many shifts of a digit are
 class Checkpointing(Strict):
     every_seconds: int | float = Field(gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_how_to_write(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"checkpoint={value}: start from it by initialize=, or continue its run by resume=")
+        return value
+
 
 class Multirun(Strict):
     resume: str | None = None
@@ -190,6 +202,9 @@ def _trainer(flags: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
+EXPERIMENT = "experiment: the first line of its file must be: # @package _global_"
+
+
 class Train(Strict):
     """The configuration of mnist-train; conf/train.yaml describes each key."""
 
@@ -198,7 +213,7 @@ class Train(Strict):
     schedule: Schedule
     accelerator: TrainingAccelerator
     data: Annotated[Data, BeforeValidator(_own_name)]
-    logger: dict[str, Instantiable] | None  # by their names
+    logger: dict[str, Instantiable] | None = None  # by their names
     # Flags of pl.Trainer; conf/trainer/default.yaml has them.
     trainer: Annotated[Instantiable, AfterValidator(_trainer)] = Field(default_factory=dict)
     callbacks: dict[str, Instantiable] = Field(default_factory=dict)
@@ -224,7 +239,7 @@ class Train(Strict):
     @classmethod
     def _experiment_is_global(cls, config: Any) -> Any:
         if isinstance(config, dict) and isinstance(config.get("experiment"), dict):
-            raise ValueError("experiment: the first line of its file must be: # @package _global_")
+            raise ValueError(EXPERIMENT)
         return config
 
 
@@ -255,6 +270,7 @@ class Evaluate(Strict):
     checkpoint: OneOrMany
     split: Literal["test", "validation"]
     calibrate: bool
+    corruptions: Literal["mnist_c"] | None
     data: Source
     accelerator: Accelerator
     probabilities: list[Annotated[int, Field(ge=0)]]
@@ -307,14 +323,15 @@ class Predict(Strict):
         return self
 
 
-EXPORTS = {".onnx": "onnx", ".pt2": "torch_export", ".safetensors": "safetensors"}  # by a file's ending
+# By a file's ending.
+EXPORTS = {".onnx": "onnx", ".pt2": "torch_export", ".safetensors": "safetensors", ".html": "html"}
 
 
 class Export(Strict):
     """The configuration of mnist-export; conf/export.yaml describes each key."""
 
     checkpoint: NonEmpty
-    format: Literal["onnx", "torch_export", "safetensors"]
+    format: Literal["onnx", "torch_export", "safetensors", "html"]
     output: Annotated[str, _ending("output", *EXPORTS)]
     modules: list[NonEmpty]
 
@@ -333,9 +350,30 @@ class Export(Strict):
         return self
 
 
+class Draw(Strict):
+    """The configuration of mnist-draw; conf/draw.yaml describes each key."""
+
+    checkpoint: NonEmpty
+
+
 class Import(Strict):
     """The configuration of mnist-import; conf/import.yaml describes each key."""
 
-    keras: Annotated[str, _ending("keras", ".h5", ".hdf5", ".keras")]
+    keras: Annotated[str | None, _ending("keras", ".h5", ".hdf5", ".keras")]
+    torch: Annotated[str | None, _ending("torch", ".pt", ".pth")]
+    architecture: Architecture | None = None
     output: Annotated[str, _ending("output", ".ckpt")]
-    divide_by_255: bool
+    divide_by_255: bool | None
+    mean: float | None
+    std: Annotated[float, Field(gt=0)] | None
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Import:
+        if (self.keras is None) == (self.torch is None):
+            raise ValueError("give keras=FILE or torch=FILE, one of the two")
+        if self.torch and self.architecture is None:
+            raise ValueError(f"torch={self.torch} holds weights only: give architecture=pytorch_example, or your own")
+        other = ("divide_by_255",) if self.torch else ("architecture", "mean", "std")
+        if given := [key for key in other if getattr(self, key) is not None]:
+            raise ValueError(f"{given[0]} goes with {'keras' if self.torch else 'torch'}= alone")
+        return self

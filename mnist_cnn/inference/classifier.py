@@ -20,9 +20,9 @@ from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH
 from mnist_cnn.models.checkpoint import Description, find_checkpoint, network_of, read_description, rebuild, trust
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.models.device import find_device
-from mnist_cnn.pictures.digit_image import form_for
+from mnist_cnn.pictures.digit_image import readings_for
 from mnist_cnn.pictures.image_files import read_picture
-from mnist_cnn.pictures.several import Box, Candidate, best_reading, find_candidates
+from mnist_cnn.pictures.several import Box, Candidate, best_reading, find_candidates, one_digit
 
 Picture = str | Path | Image.Image | NDArray[np.generic] | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -64,6 +64,11 @@ class Classifier:
         return self.description.classes
 
     @property
+    def unsure_below(self) -> float:
+        """The probability below which an answer is no answer: `mnist-evaluate calibrate=true` finds it; else 0."""
+        return max(member.description.unsure_below for member in self.members)
+
+    @property
     def network(self) -> ConvNet:
         """The first network, for those who want its weights; an .onnx file has none."""
         assert self.members[0].network is not None
@@ -93,8 +98,8 @@ class Classifier:
         Args:
             pictures: one or a list of paths, PIL images and arrays (H, W); or a numpy or torch array (H, W),
                 (N, H, W) or (N, 1, 28, 28), numbers in 0–255, or in 0–1 where they are floats. uint8 28×28 in
-                MNIST's form is taken as it is; all else goes through `mnist_form`. Where the network was trained on
-                other data than MNIST, any uint8 28×28 is taken as it is.
+                MNIST's form is taken as it is; all else is seen as the one of its `readings` that the network is
+                surest of. Where the network was trained on other data than MNIST, any uint8 28×28 is taken as it is.
             mode: exact takes uint8 28×28 only, all of it as it is.
 
         Raises:
@@ -126,10 +131,10 @@ class Classifier:
     ) -> list[Candidate]:
         """What may be the digits of a picture, for `choose`; where it is taken as it is, or classes have longer names
         than a digit or letter, the whole picture alone. Errors and `always` as of `find_candidates`."""
-        form = form_for(self.description.data.name, mode)
+        data = self.description.data.name
         if mode == "exact" or (max(map(len, self.classes)) > 1 and not always):
-            return [Candidate(0, 1, (0, 0, 28, 28), form(picture), 0.0)]
-        return find_candidates(picture, form, always)
+            return one_digit(readings_for(data, mode)(picture))
+        return find_candidates(picture, data, always)
 
     def choose(self, pictures: Sequence[Sequence[Candidate]]) -> list[list[Digit]]:
         """Of the candidates of each picture those that are its digits, in reading order; at least one."""
@@ -230,7 +235,7 @@ def _opened(picture: Picture) -> Image.Image | NDArray[Any]:
 
 
 def load_classifier(
-    path: str | Path | Sequence[str | Path],
+    path: str | Path | Sequence[str | Path] = "pretrained",
     device: str = "auto",
     tta: Literal[1, 5, 9] = 1,
     modules: Sequence[str] = (),
@@ -238,8 +243,8 @@ def load_classifier(
     """A checkpoint to a `Classifier` on `device` (auto, cpu, cuda, mps).
 
     Args:
-        path: a .ckpt file, a run's folder (its best), an exported .onnx or .safetensors file; or a list of them,
-            whose probabilities are averaged.
+        path: `pretrained`, the network that comes along; a .ckpt file, a run's folder (its best), an exported .onnx
+            or .safetensors file; or a list of them, whose probabilities are averaged.
         tta: test-time augmentation. 5: probabilities are averaged over a digit and its shifts by one pixel; 9: the
             diagonal ones too.
         modules: Python modules of your own that layers of the networks come from.
@@ -300,12 +305,12 @@ def _load_onnx(path: Path, device: torch.device) -> Member:
         # From bytes, so that the file cannot name other files as its weights.
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         content = session.get_modelmeta().custom_metadata_map.get("mnist_cnn")
-        (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()
+        inputs, outputs = session.get_inputs(), session.get_outputs()
     except Exception as error:  # onnxruntime has no common error
         raise UserError(f"{path} is not an ONNX file of mnist-export ({' '.join(str(error).split())[:200]})") from None
 
     def logits(images: Tensor) -> Tensor:
-        (probabilities,) = session.run([outputs.name], {inputs.name: images.cpu().numpy()})
+        (probabilities,) = session.run([outputs[0].name], {inputs[0].name: images.cpu().numpy()})
         return torch.from_numpy(probabilities).log()
 
     return Member(logits, _description_of(path, content), None)

@@ -90,6 +90,18 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
 
 
+def sure_from(logits: Tensor, labels: Tensor, accuracy: float = 0.999) -> float:
+    """The least probability from which on so large a fraction of answers is right, of logits (N, classes), labels (N,).
+
+    1.0 where even the surest answers are not.
+    """
+    probabilities, predicted = torch.softmax(logits.double(), 1).max(1)
+    order = probabilities.argsort(descending=True, stable=True)
+    right = (predicted == labels)[order].double().cumsum(0) / torch.arange(1, len(labels) + 1)
+    enough = (right >= accuracy).nonzero()
+    return float(probabilities[order[enough[-1]]]) if len(enough) else 1.0
+
+
 def per_class_table(scores: Scores, classes: list[str]) -> str:
     """Precision, recall, F1 and number of images of each class, as lines for the terminal."""
     width = max(7, *(len(name) + 2 for name in classes))

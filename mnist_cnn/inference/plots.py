@@ -172,16 +172,17 @@ def picture_beside_digit(picture: Image.Image, digit: NDArray[np.uint8]) -> NDAr
 
 
 def digits_in_boxes(
-    picture: Image.Image, width: int, digits: Sequence[tuple[str, tuple[int, int, int, int]]]
+    picture: Image.Image, width: int, labels: Sequence[str], boxes: Sequence[tuple[int, int, int, int]]
 ) -> NDArray[np.uint8]:
     """A picture with each digit's box and its label above, in the pixels of a picture `width` wide."""
     shown = ImageOps.contain(picture, (8 * PANEL, 4 * PANEL))
     scale, draw = shown.width / width, ImageDraw.Draw(shown)
-    for label, box in digits:
+    for label, box in zip(labels, boxes, strict=True):
         left, top, right, bottom = (edge * scale for edge in box)
         draw.rectangle((left - 4, top - 4, right + 3, bottom + 3), outline=(220, 0, 0), width=4)
-        place = (left, top - 8, "ls") if top > 40 else (left, bottom + 8, "lt")
-        draw.text(place[:2], label, fill=(220, 0, 0), font_size=44, anchor=place[2])
+        place, anchor = ((left, top - 8), "ls") if top > 40 else ((left, bottom + 8), "lt")
+        size = min(44, max(16, (bottom - top) / 1.5))
+        draw.text(place, label, fill=(220, 0, 0), font_size=size, anchor=anchor)
     return np.asarray(ImageOps.pad(shown, (8 * PANEL, 4 * PANEL), color=(200, 200, 200)))
 
 

@@ -9,29 +9,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.runs.folder import whole
+from mnist_cnn.runs.folder import whole, writable
+
+if TYPE_CHECKING:
+    from mnist_cnn.inference.classifier import Classifier
 
 log = logging.getLogger(__name__)
-Prediction = dict[str, Any]  # path, label, probability, one probability a class, top k, number, box, error
+Prediction = dict[str, Any]  # path, label, probability, unsure, one probability a class, top k, number, box, error
 
 
 @cache
 def _columns(classes: tuple[str, ...], top_k: int) -> list[str]:
     """The columns between path and number."""
     ranked = [f"top {rank} {what}" for rank in range(1, top_k + 1) for what in ("label", "probability")]
-    return ["label", "probability", *(f"probability {name}" for name in classes), *ranked]
+    return ["label", "probability", "unsure", *(f"probability {name}" for name in classes), *ranked]
 
 
 def prediction(
     path: str,
     probabilities: NDArray[np.float32] | None,
-    classes: list[str],
+    classifier: Classifier,
     top_k: int,
     error: str,
     number: str | None = None,
@@ -41,12 +44,14 @@ def prediction(
 
     `probabilities` (classes,) are None where the picture could not be read, and `error` says why.
     """
+    classes = classifier.classes
     columns = _columns(tuple(classes), top_k)
     if probabilities is None:
         return {"path": path, **dict.fromkeys(columns), "number": None, "box": None, "error": error}
     values = probabilities.tolist()
     best = values.index(max(values))
-    row: list[Any] = [classes[best], values[best], *values]
+    unsure = "unsure" if values[best] < classifier.unsure_below else None
+    row: list[Any] = [classes[best], values[best], unsure, *values]
     for index in sorted(range(len(values)), key=values.__getitem__, reverse=True)[:top_k] if top_k else ():
         row += [classes[index], values[index]]
     place = {"number": number, "box": box and " ".join(map(str, box))}
@@ -75,7 +80,8 @@ class TerminalTable:
         labels = [value for key, value in row.items() if key.startswith("top ") and key.endswith("label")]
         values = [value for key, value in row.items() if key.startswith("top ") and key.endswith("probability")]
         top = " ".join(f"{label:>10} {value:.4f}" for label, value in zip(labels, values, strict=True))
-        line = f"{row['path']:<{self.width}}  {row['label']:<5}  {row['probability']:.4f}       {each}  {top}"
+        answer = f"{row['label']:<5}  {row['probability']:.4f} {row['unsure'] or '':<6}"
+        line = f"{row['path']:<{self.width}}  {answer}{each}  {top}"
         return line.rstrip() + (f"  in {row['number']} at {row['box']}" if row["box"] else "")
 
 
@@ -162,8 +168,7 @@ def prediction_writer(output: str | None) -> Iterator[Writer]:
     if output is None:
         yield TerminalTable()
         return
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = writable(output)
     with whole(path) as temporary:
         file = FILES[path.suffix](temporary)
         try:

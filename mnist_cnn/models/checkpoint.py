@@ -19,7 +19,7 @@ from mnist_cnn.config.settings import DataName, Fraction
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.runs.folder import write_whole
 
-FORMAT = 4  # 2 brought the temperature, 3 convolutions without bias, 4 the name std and the parts that Block names
+FORMAT = 5  # 2 brought the temperature, 3 convolutions without bias, 4 and 5 the parts that Block names, 4 also std
 RENAMED = {f"{part}standard_deviation": f"{part}std" for part in ("network.", "")}  # in formats 1 to 3
 MAXIMUM_CHECKED = 2**28  # bytes of a checkpoint whose checksums are compared; more would take seconds
 MAXIMUM_DESCRIPTION = 16 * 2**20  # bytes of what is not weights
@@ -48,13 +48,18 @@ class Description(Strict):
         default_factory=list, max_length=100_000
     )
     temperature: float = Field(default=1.0, ge=0.01, le=100)  # the logits are divided by it (Guo et al., 2017)
+    unsure_below: float = Field(default=0.0, ge=0, le=1)  # a lower probability is no answer; 0: not tested
+    figures: dict[str, float] = Field(default_factory=dict, max_length=100)  # of the packaged checkpoint
+
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained" / "digits.ckpt"  # made by scripts/pretrain
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A `.ckpt` file as it is, or the best checkpoint of a run's folder or of `latest`."""
+    """A `.ckpt` file as it is, the best checkpoint of a run's folder or of `latest`, or the packaged `pretrained`."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise UserError(f"checkpoint={path} is an address: nothing is fetched; download the file and give its path")
-    path = latest_run() if str(path) == "latest" else Path(path)
+    path = {"latest": latest_run, "pretrained": lambda: PRETRAINED}.get(str(path), lambda: Path(path))()
     if path.is_dir():
         best = path / "checkpoints" / "best.ckpt"
         if not best.is_file():
@@ -62,6 +67,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return best
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: give a .ckpt file or a run's folder")
+    if path.suffix in (".h5", ".hdf5", ".keras"):
+        raise UserError(f"{path} is Keras's: mnist-import keras={path} output=model.ckpt makes a checkpoint of it")
     return path
 
 
@@ -80,19 +87,31 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Description]:
         UserError: the file is missing, is cut short, is no checkpoint, or comes from another program.
     """
     path = find_checkpoint(path)
+    content = load_plain(path, "checkpoint of this package")
+    if not isinstance(content, dict) or not isinstance(content.get("mnist_cnn"), dict) or "state_dict" not in content:
+        raise UserError(
+            f"{path} comes from another program: it has no description of an mnist_cnn network; "
+            "mnist-import torch=FILE.pt takes the weights of a plain PyTorch network"
+        )
+    return content, read_description(path, content["mnist_cnn"])
+
+
+def load_plain(path: Path, what: str) -> Any:
+    """What torch.save wrote, if it is tensors, numbers, strings, lists and dicts; nothing in the file is executed.
+
+    Raises:
+        UserError: the file is no whole one of the kind that `what` names.
+    """
     try:
         _refuse_bombs(path)
         # Mapped, a storage cannot be longer than the file, whatever the file says of it.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except MemoryError:
         raise
     except Exception as error:  # torch.load has no one error for a bad file
         first = str(error).strip().splitlines()
         reason = first[0].split(".")[0] if first else type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint of this package and was not loaded ({reason})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("mnist_cnn"), dict) or "state_dict" not in content:
-        raise UserError(f"{path} comes from another program: it has no description of an mnist_cnn network")
-    return content, read_description(path, content["mnist_cnn"])
+        raise UserError(f"{path} is not a whole {what} and was not loaded ({reason})") from None
 
 
 def read_description(path: str | Path, content: Any) -> Description:
@@ -143,10 +162,12 @@ def save(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def save_weights(path: Path, description: Description, network: ConvNet) -> None:
-    """Write a checkpoint of a network's weights and its description."""
+def save_weights(path: Path, description: Description, network: ConvNet, half: bool = False) -> None:
+    """Write a checkpoint of a network's weights, in float16 if `half`, and its description."""
     about = {**description.model_dump(), "format": FORMAT}
     state = {f"network.{name}": value.clone() for name, value in network.state_dict().items()}
+    if half:
+        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     save(path, {"state_dict": state, "mnist_cnn": about})
 
 
@@ -180,14 +201,16 @@ def network_of(path: str | Path, description: Description, state: Any) -> ConvNe
             _check_weight(name, weights[name], like)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: its weights do not fit the network that it describes ({error})") from None
-    network.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+    whole = {name: value.to(expected[name].dtype, copy=True) for name, value in weights.items()}
+    network.load_state_dict(whole, assign=True)
     return network.to(memory_format=torch.channels_last)
 
 
 def _check_weight(name: str, value: Any, like: Tensor) -> None:
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         raise ValueError(f"{name} is no plain tensor")
-    if value.shape != like.shape or value.dtype != like.dtype:
+    half = value.dtype == torch.float16 and like.dtype == torch.float32
+    if value.shape != like.shape or (value.dtype != like.dtype and not half):
         raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, expected {like.dtype} {tuple(like.shape)}")
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():
         raise ValueError(f"{name} has less data than its shape says")

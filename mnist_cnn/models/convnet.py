@@ -172,7 +172,7 @@ class Residual(nn.Module):
 
 def _block(channels: int, block: Block) -> nn.Sequential:
     layers: list[nn.Module] = [_convolution(channels, block)]
-    if block.batch_norm and block.batch_norm != "after":
+    if block.batch_norm is True:
         layers.append(nn.BatchNorm2d(block.filters))
     if block.residual:
         layers = [Residual(nn.Sequential(*layers), channels, block)]
@@ -185,6 +185,8 @@ def _block(channels: int, block: Block) -> nn.Sequential:
         layers += [*pool, nn.ReLU()]  # not in place: oneDNN's pooling wants its output again
     else:
         layers += [_activation(block.activation), *rest, *pool]
+    if block.batch_norm == "last":
+        layers.append(nn.BatchNorm2d(block.filters))
     if block.dropout:
         layers.append(Dropout(block.dropout))
     return nn.Sequential(*layers)

@@ -26,20 +26,20 @@ ACTIVATIONS = {"relu": None, "tanh": "tanh", "sigmoid": "sigmoid", "gelu": "gelu
 
 
 class ImportedNetwork(NamedTuple):
-    """What `ConvNet` is made of; `weights` are by its own names and in torch's shapes."""
+    """What `ConvNet` is made of; `weights` are by its own names and in torch's shapes.
+
+    `std` is None where the model has no Rescaling layer: it was trained on pixels / 255 or on pixels of 0–255.
+    """
 
     architecture: Architecture
     classes: int
     mean: float
-    std: float
+    std: float | None
     weights: dict[str, Array]
 
 
-def read_keras(path: Path, divide_by_255: bool) -> ImportedNetwork:
+def read_keras(path: Path) -> ImportedNetwork:
     """Read a Sequential model, or a Functional one in a single line, from a .h5 or .keras file.
-
-    Args:
-        divide_by_255: the model was trained on pixels / 255; a Rescaling layer in it is used instead of this.
 
     Raises:
         UserError: the file is damaged, or has a layer that `ConvNet` cannot express; the message names it.
@@ -52,9 +52,11 @@ def read_keras(path: Path, divide_by_255: bool) -> ImportedNetwork:
         if zipfile.is_zipfile(path):
             config, weights = _unzip(path)
             with h5py.File(weights, "r") as file:
-                return convert(json.loads(config), file, divide_by_255)
+                return convert(json.loads(config), file)
         with h5py.File(path, "r") as file:
-            return convert(json.loads(file.attrs["model_config"]), file["model_weights"], divide_by_255)
+            if "model_config" not in file.attrs:
+                raise UserError("it holds weights only; save the network with them, by model.save(...) in Keras")
+            return convert(json.loads(file.attrs["model_config"]), file["model_weights"])
     except (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a whole Keras model with its architecture ({reason:.200})") from None
@@ -76,11 +78,11 @@ def _unzip(path: Path) -> tuple[str, io.BytesIO]:
 
 
 class KerasLayer(NamedTuple):
-    """A layer as the model's JSON has it; `group` is the place of its weights in a .keras file."""
+    """A layer as the model's JSON has it; its weights are at one of `places` in a .keras file."""
 
     kind: str  # such as Conv2D
     name: str
-    group: str
+    places: list[str]
     config: dict[str, Any]
 
 
@@ -94,7 +96,8 @@ def keras_layers(model: dict[str, Any]) -> list[KerasLayer]:
         raise UserError(f"a {model.get('class_name')!r:.60} model: expected Sequential, or Functional in one line")
     counts: dict[str, int] = {}
     layers: list[KerasLayer] = []
-    for raw in model["config"]["layers"]:
+    config = model["config"]
+    for raw in config if isinstance(config, list) else config["layers"]:  # a list: Sequential before Keras 2.2.3
         kind, config = str(raw["class_name"]), raw["config"]
         name = str(config.get("name", kind))
         if (inbound := raw.get("inbound_nodes")) and layers:
@@ -104,9 +107,11 @@ def keras_layers(model: dict[str, Any]) -> list[KerasLayer]:
                 raise UserError(f"layer {name} ({kind}) does not follow the layer before it alone")
         # Keras names a group by the class in snake case, with a number from the second of a kind on.
         snake = re.sub(r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", kind)).lower()
-        counts[snake] = counts.get(snake, -1) + 1
-        group = f"layers/{snake}" + (f"_{counts[snake]}" if counts[snake] else "")
-        layers.append(KerasLayer(kind, name, group, config))
+        number = counts[snake] = counts.get(snake, -1) + 1
+        # Keras 2.13 counts each layer with weights twice.
+        groups = {"layers": number, "_layer_checkpoint_dependencies": 2 * number}
+        places = [f"{place}/{snake}" + (f"_{count}" if count else "") for place, count in groups.items()]
+        layers.append(KerasLayer(kind, name, [*places, f"layers/{name}"], config))
     return layers
 
 
@@ -121,8 +126,9 @@ def read_weights(file: Any, layer: KerasLayer, *shapes: tuple[int, ...]) -> list
         names = [name.decode() if isinstance(name, bytes) else str(name) for name in group.attrs["weight_names"]]
         datasets = [_own_member(group, name) for name in names]
     else:  # .keras
-        place = layer.group if layer.group in file else f"layers/{layer.name}"
-        variables = _own_member(file, f"{place}/vars")
+        # On Windows, Keras wrote backslashes before 3.0.
+        places = [found for place in layer.places for found in (place, place.replace("/", "\\")) if found in file]
+        variables = _own_member(file, f"{[*places, layer.places[0]][0]}/vars")
         datasets = [_own_member(variables, str(number)) for number in range(len(variables))]
     if any(not hasattr(dataset, "shape") or dataset.is_virtual or dataset.external for dataset in datasets):
         raise UserError(f"layer {layer.name} has weights outside this file")
@@ -143,13 +149,13 @@ def _own_member(group: Any, path: str) -> Any:
     return group
 
 
-def convert(model: dict[str, Any], weights: Any, divide_by_255: bool) -> ImportedNetwork:
+def convert(model: dict[str, Any], weights: Any) -> ImportedNetwork:
     """A model's JSON and the h5 group of its weights to a network.
 
     Raises:
         UserError: a layer is none of ConvNet's, or stands where ConvNet has none; the message names it.
     """
-    converter = KerasConverter(weights, divide_by_255)
+    converter = KerasConverter(weights)
     for layer in keras_layers(model):
         converter.add(layer)
     return converter.finish()
@@ -158,14 +164,16 @@ def convert(model: dict[str, Any], weights: Any, divide_by_255: bool) -> Importe
 class KerasConverter:
     """Takes Keras's layers in order; `stage` says what may follow: blocks, dense, then the end."""
 
-    def __init__(self, file: Any, divide_by_255: bool) -> None:
+    def __init__(self, file: Any) -> None:
         self.file = file
         self.blocks: list[dict[str, Any]] = []
         self.dense: list[dict[str, Any]] = []
         self.weights: dict[str, Array] = {}
-        self.mean, self.std = 0.0, 255.0 if divide_by_255 else 1.0
+        self.mean = 0.0
+        self.std: float | None = None
         self.stage, self.channels = "blocks", 1
         self.linear = False  # the last convolution or dense layer has no activation yet
+        self.norm: tuple[Array, Array] | None = None  # factor and shift of a norm, for the next dense layer to take in
 
     def add(self, layer: KerasLayer) -> None:
         handlers = {
@@ -229,42 +237,69 @@ class KerasConverter:
         self._require_activation(layer)
         self._require(layer, dilation_rate=[1, 1], groups=1)
         kernel, stride = self._square(layer, "kernel_size"), self._square(layer, "strides")
-        padding = 0
+        padding = odd = 0
         if layer.config.get("padding") == "same":
-            if stride != 1 or kernel % 2 == 0:
-                self._refuse(layer, "has padding same with an even kernel or a stride")
-            padding = kernel // 2
+            size = self._output()[0]
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            # Keras pads one more on the right and below; a row and a column of zeros in the kernel are the same.
+            padding, odd = (total + 1) // 2, total % 2
+        kernel += odd
         filters, biased = layer.config["filters"], layer.config.get("use_bias", True)
         block = {"filters": filters, "kernel": kernel, "stride": stride, "padding": padding, "bias": biased}
         self.blocks.append(block)
         self._set_activation(layer, block)
         self._architecture()  # refused before its weights are read
-        shapes = [(kernel, kernel, self.channels, filters), *([(filters,)] if biased else [])]
+        shapes = [(kernel - odd, kernel - odd, self.channels, filters), *([(filters,)] if biased else [])]
         values, *bias = read_weights(self.file, layer, *shapes)
+        values = np.pad(values, [(odd, 0), (odd, 0), (0, 0), (0, 0)])
         name = f"blocks.{len(self.blocks) - 1}.0"
         self.weights[f"{name}.weight"] = values.transpose(3, 2, 0, 1).copy()
         self.weights |= {f"{name}.bias": each for each in bias}
         self.channels = filters
 
     def _batch_norm(self, layer: KerasLayer) -> None:
-        taken = {"pool", "dropout", "batch_norm"}
-        if self.stage != "blocks" or not self.blocks or self.blocks[-1].keys() & taken:
-            self._refuse(layer, "does not follow a convolution or its activation")
-        self._require(layer, center=True, scale=True)
-        self.blocks[-1]["batch_norm"] = True if self.linear else "after"
-        gamma, beta, mean, variance = read_weights(self.file, layer, *[(self.channels,)] * 4)
+        if self.stage == "dense":
+            return self._dense_norm(layer)
+        block: dict[str, Any] = self.blocks[-1] if self.blocks else {"batch_norm": True}
+        if "batch_norm" in block or (self.linear and "pool" in block):
+            self._refuse(layer, "does not follow a convolution, its activation or its pooling")
+        gamma, beta, mean, variance = self._norm_weights(layer, self.channels)
+        block["batch_norm"] = True if self.linear else "last" if "pool" in block else "after"
         variance = (variance + (layer.config["epsilon"] - TORCH_EPSILON)).astype(np.float32)
         parts = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": variance}
-        place = f"blocks.{len(self.blocks) - 1}.{1 if self.linear else 2}"
-        self.weights |= {f"{place}.{key}": value for key, value in parts.items()}
+        place = {True: 1, "after": 2, "last": 3}[block["batch_norm"]]
+        self.weights |= {f"blocks.{len(self.blocks) - 1}.{place}.{key}": value for key, value in parts.items()}
+
+    def _dense_norm(self, layer: KerasLayer) -> None:
+        """ConvNet's dense layers have no norm: it becomes part of the dense layer before it, or of the one after."""
+        if self.norm:
+            self._refuse(layer, "follows another")
+        gamma, beta, mean, variance = self._norm_weights(layer, self._features())
+        factor = gamma / np.sqrt(variance + layer.config["epsilon"])
+        shift = beta - mean * factor
+        if self.linear:
+            name = f"dense.{len(self.dense) - 1}.0"
+            self.weights[f"{name}.weight"] *= factor[:, None]
+            self.weights[f"{name}.bias"] = self.weights[f"{name}.bias"] * factor + shift
+        else:
+            self.norm = factor, shift
+
+    def _norm_weights(self, layer: KerasLayer, size: int) -> tuple[Array, ...]:
+        """gamma, beta, mean and variance, each (size,)."""
+        if layer.config.get("axis", -1) not in (-1, [-1], *((3, [3]) if self.stage == "blocks" else (1, [1]))):
+            self._refuse(layer, f"has axis={layer.config['axis']!r:.60}")
+        scale, center = (bool(layer.config.get(key, True)) for key in ("scale", "center"))
+        found = read_weights(self.file, layer, *[(size,)] * (2 + scale + center))
+        gamma = found.pop(0) if scale else np.ones(size, np.float32)
+        beta = found.pop(0) if center else np.zeros(size, np.float32)
+        return gamma, beta, *found
 
     def _pooling(self, layer: KerasLayer) -> None:
         if self.stage != "blocks" or not self.blocks or self.blocks[-1].keys() & {"pool", "dropout"}:
             self._refuse(layer, "does not follow a convolution")
         whole = layer.kind == "GlobalAveragePooling2D"
         if whole:
-            rows = {row.name: row for row in self._architecture().layers()}
-            pool = rows[f"convolution {len(self.blocks)}"].output[0]
+            pool = self._output()[0]
         else:
             self._require(layer, padding="valid")
             pool = self._square(layer, "pool_size")
@@ -291,16 +326,19 @@ class KerasConverter:
         if self.stage == "blocks" and self.blocks:
             self._refuse(layer, "stands before Flatten")
         self._require_activation(layer)
-        self._require(layer, use_bias=True)
-        units = layer.config["units"]
+        units, biased, features = layer.config["units"], layer.config.get("use_bias", True), self._features()
         self.dense.append({"units": units})
         self._set_activation(layer, self.dense[-1])
         self.stage = "end" if layer.config.get("activation") == "softmax" else "dense"
-        flat = next(row.output[0] for row in self._architecture().layers() if row.name == "flatten")
-        features = self.dense[-2]["units"] if len(self.dense) > 1 else flat
-        values, bias = read_weights(self.file, layer, (features, units), (units,))
+        self._architecture()  # refused before its weights are read
+        values, *bias = read_weights(self.file, layer, (features, units), *([(units,)] if biased else []))
+        bias = bias or [np.zeros(units, np.float32)]
+        if self.norm:
+            factor, shift = self.norm
+            values, bias = values * factor[:, None], [bias[0] + shift @ values]
+            self.norm = None
         name = f"dense.{len(self.dense) - 1}.0"
-        self.weights |= {f"{name}.weight": values.T.copy(), f"{name}.bias": bias}
+        self.weights |= {f"{name}.weight": values.T.copy(), f"{name}.bias": bias[0]}
 
     def _activation(self, layer: KerasLayer) -> None:
         activation = layer.config.get("activation")
@@ -322,6 +360,17 @@ class KerasConverter:
     def _softmax(self, layer: KerasLayer) -> None:
         self._require(layer, axis=-1)
         self._activation(layer._replace(config={"activation": "softmax"}))
+
+    # --- the shape so far ---
+
+    def _output(self) -> tuple[int, ...]:
+        """(height, width, filters) of the last block."""
+        rows = [row.output for row in self._architecture().layers() if len(row.output) == 3]
+        return rows[-1] if rows else (IMAGE_SIZE, IMAGE_SIZE, 1)
+
+    def _features(self) -> int:
+        """The numbers that come into the next dense layer."""
+        return int(self.dense[-1]["units"] if self.dense else np.prod(self._output()))
 
     # --- what ConvNet cannot express ---
 

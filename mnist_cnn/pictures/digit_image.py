@@ -20,6 +20,8 @@ from mnist_cnn.pictures.ink import find_ink
 Pixels = NDArray[Any]
 DIGIT_SIZE = 20  # the digit's longer side, in pixels of 28×28
 CENTRE = 14  # the pixel in which MNIST's centres of mass lie
+MIDDLE = slice(7, 21)  # rows and columns of 28 that show which is the paper
+DARK = 32  # of 255: MNIST's paper is not brighter, nor its ink darker than the rest
 MINIMUM_STROKE = 1.5  # thinner strokes are made bolder, in pixels of 28×28: MNIST's own are 2 to 4 wide
 BOLD_STROKE = 2.0  # how wide they become
 MAXIMUM_PIXELS = 65_000_000  # a camera of 64 megapixels
@@ -38,18 +40,35 @@ def mnist_form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
     Raises:
         UserError: no digit is found, as on a blank page or in noise, or this is no picture.
     """
+    return readings(picture)[0]
+
+
+def readings(picture: Image.Image | Pixels) -> list[NDArray[np.uint8]]:
+    """What a picture of one digit may be in MNIST's form, the most likely first; arguments and errors as of
+    `mnist_form`. A network takes the one that it is surest of.
+
+    A picture of 28×28 is also read as it is: a digit in MNIST's frame with lines or spots on it, which the form would
+    take for parts of the digit.
+    """
     pixels = _pixel_array(picture)
-    if pixels.dtype == np.uint8 and pixels.shape == (IMAGE_SIZE, IMAGE_SIZE):
+    small = pixels.dtype == np.uint8 and pixels.shape == (IMAGE_SIZE, IMAGE_SIZE)
+    if small:
         for form in (pixels, 255 - pixels):
             if in_mnist_form(form):
-                return form
-    ink = find_ink(_flatten_channels(pixels))
-    form = np.rint(255 * ink).astype(np.uint8)
-    return form if in_mnist_form(form) else scale_and_centre(ink)
+                return [form]
+    inks = find_ink(_flatten_channels(pixels))
+    forms = [scale_and_centre(ink) for ink in inks]
+    if small:
+        middle = pixels[MIDDLE, MIDDLE]
+        dark, light = (middle <= DARK).mean(), (middle >= 255 - DARK).mean()
+        if dark + light > 0.5:
+            digit = pixels if dark >= light else 255 - pixels
+            forms = [*forms, digit] if len(inks) == 1 else [digit]
+    return forms
 
 
-def form_for(data: str, mode: str) -> Callable[[Image.Image | Pixels], NDArray[np.uint8]]:
-    """The function that turns a picture into uint8 (28, 28) for a network.
+def readings_for(data: str, mode: str) -> Callable[[Image.Image | Pixels], list[NDArray[np.uint8]]]:
+    """The function that turns a picture into its readings, each uint8 (28, 28), for a network.
 
     Args:
         data: what the network was trained on. A network of data that are not in MNIST's form takes any picture of
@@ -57,16 +76,16 @@ def form_for(data: str, mode: str) -> Callable[[Image.Image | Pixels], NDArray[n
         mode: any for pictures of all kinds, exact for `exact_form`.
     """
     if mode == "exact":
-        return exact_form
+        return lambda picture: [exact_form(picture)]
     if data in IN_MNIST_FORM:
-        return mnist_form
+        return readings
 
-    def form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
+    def read(picture: Image.Image | Pixels) -> list[NDArray[np.uint8]]:
         pixels = _pixel_array(picture)
         exact = pixels.shape == (IMAGE_SIZE, IMAGE_SIZE) and pixels.dtype == np.uint8
-        return pixels if exact else mnist_form(pixels)
+        return [pixels] if exact else readings(pixels)
 
-    return form
+    return read
 
 
 def exact_form(picture: Image.Image | Pixels) -> NDArray[np.uint8]:
@@ -171,7 +190,10 @@ def _flatten_channels(pixels: Pixels) -> Pixels:
 
 
 def scale_and_centre(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Ink 0–1 (h, w) of any size to MNIST's form."""
+    """Ink 0–1 (h, w) of any size to MNIST's form, unless it is in that already."""
+    form = np.rint(255 * ink).astype(np.uint8)
+    if in_mnist_form(form):
+        return form
     top, bottom = _edges(ink.max(1))
     left, right = _edges(ink.max(0))
     height, width = bottom - top, right - left
@@ -194,8 +216,8 @@ def scale_and_centre(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _edges(profile: NDArray[np.float32]) -> tuple[float, float]:
-    """Where a profile of ink first and last crosses half of its height, in fractions of a pixel."""
-    level = 0.5 * float(profile.max())
+    """Where a profile of ink first and last crosses 0.3 of its height, in fractions of a pixel."""
+    level = 0.3 * float(profile.max())
     padded = np.concatenate(([0.0], profile, [0.0]))
     inside = np.flatnonzero(padded >= level)
     first, last = int(inside[0]), int(inside[-1])

@@ -25,8 +25,11 @@ from mnist_cnn.pictures.digit_image import MAXIMUM_PIXELS, first_line
 
 log = logging.getLogger(__name__)
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"}
-FORMATS = ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", *(["AVIF"] if features.check("avif") else [])]
+# Of Pillow's formats those that people have pictures in; EPS and PDF would start other programs.
+FORMATS = ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM"]
+FORMATS += [name for name, codec in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")) if features.check(codec)]
+ENDINGS = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"}
+ENDINGS |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
 ARRAY_ENDINGS = {".npy", ".npz"}
 # Larger pictures are averaged down, so that none takes gigabytes; a page of A4 at 300 dpi has 8.7 million.
 REDUCED_ABOVE, REDUCED_ABOVE_IF_TRANSPARENT = 12_000_000, 4_000_000  # pixels
@@ -55,7 +58,7 @@ def find_pictures(words: Iterable[str], as_bytes: bool = False) -> Iterator[Pict
             yield from _from_standard_input(as_bytes)
         elif word.startswith("@") and not Path(word).exists():
             try:
-                text = Path(word[1:]).read_text(encoding="utf-8")
+                text = Path(word[1:]).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{word[1:]} cannot be read as a list of paths ({error})") from None
             yield from _in_list(text.splitlines())
@@ -101,19 +104,32 @@ def _in_folder(folder: str) -> Iterator[PictureSource]:
 
 
 def pictures_below(folder: str | Path) -> list[str]:
-    """The pictures in a folder and below it, in order of name; hidden files are left out, others with a warning."""
+    """The pictures in a folder and below it, in order of name; hidden files are left out, others with a warning.
+
+    A file without an ending is one where it begins as one does.
+    """
     found, others = list[str](), list[str]()
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
         for name in names:
             if name[0] != ".":
-                picture = os.path.splitext(name)[1].lower() in ENDINGS  # noqa: PTH122
                 # Making a Path takes longer than reading a small picture.
-                (found if picture else others).append(os.path.join(parent, name))  # noqa: PTH118
+                path, ending = os.path.join(parent, name), os.path.splitext(name)[1].lower()  # noqa: PTH118, PTH122
+                picture = ending in ENDINGS or (not ending and _begins_as_picture(path))
+                (found if picture else others).append(path)
     if others:
-        count = "1 file is no picture" if len(others) == 1 else f"{len(others)} files are no pictures"
-        log.warning("warning: %s by the ending and left out: %s", count, min(others))
+        count = "1 file" if len(others) == 1 else f"{len(others)} files"
+        endings = ", ".join(sorted({os.path.splitext(path)[1].lower() or "no ending" for path in others}))  # noqa: PTH122
+        log.warning("warning: left out as no picture: %s (%.200s), such as %s", count, endings, min(others))
     return sorted(found)
+
+
+def _begins_as_picture(path: str) -> bool:
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def _in_file(path: str) -> Iterator[PictureSource]:
@@ -171,7 +187,7 @@ def _in_array(name: str, array: NDArray[Any]) -> Iterator[PictureSource]:
 
 
 def read_picture(file: str | Path | io.BytesIO) -> Image.Image:
-    """Read and decode a PNG, JPEG, BMP, GIF (its first frame), TIFF or WebP; a large one is scaled down.
+    """Read and decode a picture of one of `FORMATS`, of several frames the first; a large one is scaled down.
 
     Raises:
         UserError: it is missing, is none of these, is cut short, or has more than 65 million pixels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,22 @@ MINIMUM_CONTRAST = 10.0  # the least difference between ink and paper, of 255
 MINIMUM_SIDE = 8  # pixels of a digit's longer side, with its soft edges
 MINIMUM_LIGHT = 30  # of 255: darker paper is too noisy to be corrected for uneven light
 EVEN = 3  # levels by which even paper may differ, as after JPEG
+CLEAR = 0.9  # of the differences' variance between two classes: ink and paper then have a colour each
 STROKE_LEVEL = 0.35  # of full ink: above it a pixel belongs to a stroke
+FAINT_LEVEL = 0.2  # above it a pixel beside a stroke belongs to it
 MINIMUM_COHERENCE = 0.3  # correlation of neighbouring pixels: noise has 0, a digit 0.5 and more
+MINIMUM_OUTLINE = 0.85  # of a box's outline: a frame fills more
 SMALL_PART = 0.08  # of the largest part's area: smaller parts are specks
 MAXIMUM_PARTS = 6  # a digit's strokes are never more
+MAXIMUM_PIECES = 25  # nor do they break into more
 BLANK = "there is no digit in it: the picture is blank"
 NOISE = "there is no digit in it: only noise or many things"
 
 
-def find_ink(pixels: NDArray[Any]) -> Ink:
+def find_ink(pixels: NDArray[Any]) -> list[Ink]:
     """Pixels 0–255 (H, W, channels) to ink 0–1, float32 (h, w): the digit and a margin around it, perhaps scaled down.
+
+    Where that is a frame or a block, as a plot's axes are, what lies inside of it comes first.
 
     Raises:
         UserError: the picture is blank, or is noise.
@@ -49,7 +56,12 @@ def find_ink(pixels: NDArray[Any]) -> Ink:
         if -(-side * factor // WORKING_SIZE) < factor:
             pixels = pixels[top * factor : bottom * factor, left * factor : right * factor]
             continue
-        return ink[top:bottom, left:right]
+        inks = [ink[top:bottom, left:right]]
+        if frame := _find_frame(ink > STROKE_LEVEL):
+            (top, bottom), (left, right) = frame
+            with suppress(UserError):
+                inks = find_ink(pixels[top * factor : bottom * factor, left * factor : right * factor]) + inks
+        return inks
 
 
 def _crop_to_digit(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -121,17 +133,36 @@ def _paper_colour(pixels: Ink) -> tuple[Ink, bool]:
 
 def _fit_surface(pixels: Ink) -> Ink:
     """The paper's colour at each pixel: the quadratic surface with the least absolute difference, which ink does not
-    move, as it covers few pixels. Fitted by reweighted least squares."""
+    move, as it covers few pixels. Fitted by reweighted least squares; to the paper alone where two colours are clear,
+    as broad strokes in a narrow picture cover much of it."""
     height, width, channels = pixels.shape
     step = max(1, max(height, width) // 32)
     basis = _quadratic_basis(height, width)
     sample, at = pixels[::step, ::step].reshape(-1, channels), basis[::step, ::step].reshape(-1, 6)
+    difference = np.abs(sample - np.median(_border(pixels), axis=0)).max(1)
+    threshold, clear = _otsu(difference)
+    if clear:
+        sample, at = sample[difference <= threshold], at[difference <= threshold]
     weights = np.ones(len(at), np.float32)
     for _ in range(12):
         weighted = at * weights[:, None]
         fit = np.linalg.solve(weighted.T @ at + 1e-4 * np.eye(6, dtype=np.float32), weighted.T @ sample)
         weights = 1 / np.maximum(np.abs(sample - at @ fit).max(1), 1)
     return basis @ fit
+
+
+def _otsu(values: Ink) -> tuple[float, bool]:
+    """Otsu's threshold (1979) between two classes of values, and whether they are clear: far apart for their widths."""
+    counts, edges = np.histogram(values, 64)
+    centres = (edges[1:] + edges[:-1]) / 2
+    below, sums = np.cumsum(counts)[:-1], np.cumsum(counts * centres)
+    between = (
+        (sums[-1] * below - sums[:-1] * len(values)) ** 2
+        / np.maximum(below * (len(values) - below), 1)
+        / len(values) ** 2
+    )
+    best = int(between.argmax())
+    return float(edges[best + 1]), bool(between[best] >= CLEAR * values.var())
 
 
 def _quadratic_basis(height: int, width: int) -> Ink:
@@ -152,10 +183,12 @@ def _project_on_ink_colour(difference: Ink) -> tuple[Ink, float]:
     strong = size >= 0.5 * strongest
     # Only pixels on one side of the paper: what is darker and what is brighter must not cancel out.
     first = flat[strong][np.argmax(size[strong])]
-    sides = flat[strong] @ first
-    side = sides > 0 if np.count_nonzero(sides > 0) * 2 >= len(sides) else sides < 0
+    side = flat[strong] @ first >= 0
+    side = side if side.mean() >= 0.5 else ~side
     direction = flat[strong][side].mean(0)
-    along = flat @ direction / max(float(np.sqrt(direction @ direction)), 1e-6)
+    along = flat @ direction
+    # Ink of another colour, if on the same side, is as full by its own distance from the paper.
+    along = np.where(along > 0, np.sqrt((flat * flat).sum(1)), along / max(float(np.sqrt(direction @ direction)), 1e-6))
     full = float(np.percentile(along[strong][side], 90))
     return (along / max(full, 1e-6)).reshape(difference.shape[:2]), full
 
@@ -163,10 +196,11 @@ def _project_on_ink_colour(difference: Ink) -> tuple[Ink, float]:
 def _remove_shadows_and_noise(ink: Ink) -> Ink:
     """Ink less the shadows, which are broader than any stroke, and less the paper's noise."""
     if min(ink.shape) >= 48:  # in a smaller picture strokes are as broad as shadows
-        size = round(0.35 * min(ink.shape))
+        size = round(0.35 * max(ink.shape))
         ink = ink - ndimage.grey_opening(ndimage.uniform_filter(ink, 3), size)
-    floor = float(np.median(ink))
-    noise = 1.4826 * float(np.median(np.abs(ink - floor)))
+    paper = ink[ink <= STROKE_LEVEL]
+    floor = float(np.median(paper))
+    noise = 1.4826 * float(np.median(np.abs(paper - floor)))
     floor += min(2 * noise, 0.3)
     full = float(np.percentile(ink[ink > STROKE_LEVEL], 90)) if (ink > STROKE_LEVEL).any() else 1.0
     return ((ink - floor) / max(full - floor, 1e-6)).astype(np.float32)
@@ -180,11 +214,19 @@ def _strokes(ink: Ink) -> NDArray[np.bool_]:
     """
     mask = ink > STROKE_LEVEL
     if _coherence(mask) < MINIMUM_COHERENCE:
-        raise UserError(NOISE)
-    labels, count = ndimage.label(mask, np.ones((3, 3)))
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    sizes[0] = 0
-    for index in range(1, count + 1) if count < 50 else ():
+        mask = _without_specks(mask)
+        if not mask.any() or _coherence(mask) < MINIMUM_COHERENCE:
+            raise UserError(NOISE)
+        faint = mask
+    else:
+        faint = ink > FAINT_LEVEL
+    labels, sizes = _parts(faint, mask)
+    if reach := max(mask.shape) // 64:  # parts of a broken stroke are nearer than that
+        if (sizes >= SMALL_PART * sizes.max()).sum() > MAXIMUM_PIECES:
+            raise UserError(NOISE)
+        labels, sizes = _parts(ndimage.binary_dilation(faint, iterations=reach), mask)
+        labels *= faint
+    for index in range(1, len(sizes)) if len(sizes) <= 50 else ():
         sizes[index] *= not _frames_the_picture(labels == index)
     sizes[_along_the_edge(labels, sizes)] = 0
     if not sizes.any():
@@ -193,6 +235,20 @@ def _strokes(ink: Ink) -> NDArray[np.bool_]:
     if kept.sum() > MAXIMUM_PARTS:
         raise UserError(NOISE)
     return kept[labels]
+
+
+def _parts(mask: NDArray[np.bool_], counted: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Labels of a mask's components, 0 outside of it, and how many pixels of `counted` each has."""
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    sizes = np.bincount(labels[counted], minlength=count + 1)
+    sizes[0] = 0
+    return labels, sizes
+
+
+def _without_specks(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """A mask without its parts of one or two pixels."""
+    labels, sizes = _parts(mask, mask)
+    return (sizes > 2)[labels]
 
 
 def _along_the_edge(labels: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.bool_]:
@@ -212,6 +268,27 @@ def _frames_the_picture(part: NDArray[np.bool_]) -> bool:
     """Whether a component covers half of two sides of the picture or more: a frame, a table, a shadow."""
     sides = (part[0], part[-1], part[:, 0], part[:, -1])
     return sum(side.mean() > 0.5 for side in sides) >= 2
+
+
+def _find_frame(mask: NDArray[np.bool_]) -> list[tuple[int, int]] | None:
+    """First and last row and column within a frame or a block, if a thing is one: it fills the outline of a box.
+
+    The box goes from the first to the last row, and column, that is filled for the most part; what sticks out of it,
+    as the ticks of a plot's axes do, is less than half. Of MNIST's digits one in a thousand looks like that.
+    """
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    thing = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    box = [part[0] + np.flatnonzero(thing.mean(axis) > 0.5) for part, axis in ((rows, 1), (columns, 0))]
+    if min(map(len, box)) < 2:
+        return None
+    (top, bottom), (left, right) = [(int(part[0]), int(part[-1])) for part in box]
+    height, width = bottom + 1 - top, right + 1 - left
+    if min(height, width) <= max(12, 0.45 * max(height, width)) or height * width < thing.size / 2:
+        return None
+    outline = mask[[top, bottom], left : right + 1].sum() + mask[top : bottom + 1, [left, right]].sum()
+    if outline < MINIMUM_OUTLINE * 2 * (height + width):
+        return None
+    return [(top + height // 10 + 1, bottom - height // 10), (left + width // 10 + 1, right - width // 10)]
 
 
 def _coherence(mask: NDArray[np.bool_]) -> float:

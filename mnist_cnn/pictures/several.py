@@ -7,7 +7,7 @@ to document recognition", section V.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -16,8 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from mnist_cnn.config.architecture import IMAGE_SIZE
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.pictures.digit_image import scale_and_centre, visible_pixels
+from mnist_cnn.pictures.digit_image import (
+    IN_MNIST_FORM,
+    in_mnist_form,
+    readings_for,
+    scale_and_centre,
+    visible_pixels,
+)
 from mnist_cnn.pictures.ink import NOISE, block_means
 from mnist_cnn.pictures.ink_map import ink_map
 
@@ -37,6 +44,7 @@ GAP = 40.0  # per white column between its pieces
 CUT, CUT_INK = 2.5, 5.0  # at each end that is a cut; per ink there
 CLOSE = 2.0  # at each end: per part of the width that it shares with the neighbour
 LEFT_OUT = 10.0  # of a whole piece that is read as no digit
+IN_FRAME = 4.0  # of each digit in a picture of 28×28, which most likely has one, damaged perhaps
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in the picture's pixels, seen upright
@@ -88,29 +96,35 @@ class Piece(NamedTuple):
         return max(0, -self.gap(other)[0]) / min(self.width, other.width)
 
 
-def find_candidates(
-    picture: Image.Image | NDArray[Any], form: Callable[[Any], NDArray[np.uint8]], always: bool = False
-) -> list[Candidate]:
+def one_digit(forms: Sequence[NDArray[np.uint8]], box: Box = (0, 0, IMAGE_SIZE, IMAGE_SIZE)) -> list[Candidate]:
+    """The readings of a picture of one digit, uint8 (28, 28) each, as candidates."""
+    return [Candidate(0, 1, box, form, 0.0) for form in forms]
+
+
+def find_candidates(picture: Image.Image | NDArray[Any], data: str, always: bool = False) -> list[Candidate]:
     """What may be the digits of a picture, for `best_reading` to choose from.
 
     Args:
         picture: as of `mnist_form`.
-        form: brings the whole picture, as of one digit, to uint8 (28, 28).
-        always: look for the digit's box also where `form` takes the picture as it is.
+        data: what the network was trained on, as of `readings_for`.
+        always: look for the digit's box also where a picture of 28×28 is taken as it is.
 
     Raises:
         UserError: there is no digit in it, or it is no picture.
     """
-    whole = noise = None
+    pixels = visible_pixels(picture)
+    if pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 1) and pixels.dtype == np.uint8 and not always:
+        small = pixels[..., 0]
+        for form in (small, 255 - small) if data in IN_MNIST_FORM else (small,):
+            if data not in IN_MNIST_FORM or in_mnist_form(form):
+                return one_digit([form])
+    whole, noise = [], None
     try:
-        whole = form(picture)
+        whole = readings_for(data, "any")(picture)
     except UserError as error:
-        if str(error) != NOISE:  # which many digits look like to the form
+        if str(error) != NOISE:  # which many digits look like to the form of one
             raise
         noise = error
-    if whole is not None and not always and _taken_as_it_is(picture, whole):
-        return [Candidate(0, 1, (0, 0, *whole.shape), whole, 0.0)]
-    pixels = visible_pixels(picture)
     factor = -(-max(pixels.shape[:2]) // WORKING_SIDE)
     ink = ink_map(block_means(pixels, factor))
     mask = ink > STROKE_LEVEL
@@ -122,24 +136,17 @@ def find_candidates(
     lines = [[part for piece in line for part in cut(piece, labels, typical)] for line in find_lines(joined, typical)]
     count = sum(map(len, lines))
     candidates = digit_candidates(ink, labels, lines, typical) if count > 1 else []
+    if pixels.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
+        candidates = [one._replace(penalty=one.penalty + IN_FRAME) for one in candidates]
     tall = [piece for piece in joined if piece.height >= TALL * typical] or [
         Piece(0, 0, ink.shape[1], ink.shape[0], ())
     ]
-    if whole is not None and (count < 2 or len(tall) <= MAXIMUM_PIECES):
-        candidates.append(whole_candidate(tall, max(1, count), whole))
+    if count < 2 or len(tall) <= MAXIMUM_PIECES:
+        candidates += [whole_candidate(tall, max(1, count), form) for form in whole]
     if noise is not None and not candidates:
         raise noise
     scale = factor * getattr(picture, "info", {}).get("reduced_by", 1)
     return [one._replace(box=tuple(scale * edge for edge in one.box)) for one in candidates]
-
-
-def _taken_as_it_is(picture: Image.Image | NDArray[Any], whole: NDArray[np.uint8]) -> bool:
-    """Whether what a network sees of a picture are its own pixels, or these inverted."""
-    if isinstance(picture, Image.Image):
-        if picture.size != whole.shape or picture.mode != "L":
-            return False
-        picture = np.asarray(picture)
-    return np.array_equal(picture, whole) or np.array_equal(255 - picture, whole)
 
 
 def best_reading(candidates: Sequence[Candidate], probabilities: NDArray[np.float32]) -> list[int]:
@@ -168,18 +175,22 @@ def components(labels: NDArray[np.int32]) -> list[Piece]:
         for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1)
     ]
     height, width = labels.shape
-    sides = [(p.left == 0) + (p.top == 0) + (p.right == width) + (p.bottom == height) for p in found]
-    tallest = max((piece.height for piece, at in zip(found, sides, strict=True) if not at), default=0)
-    if tallest < MINIMUM_HEIGHT:
-        tallest, sides = max((piece.height for piece in found), default=0), [0] * len(found)
+    sides = {p: (p.left == 0) + (p.top == 0) + (p.right == width) + (p.bottom == height) for p in found}
+    inside = [piece for piece in found if not sides[piece]]
+    if max((piece.height for piece in inside), default=0) < MINIMUM_HEIGHT:
+        inside = found
+    tallest = max((piece.height for piece in inside), default=0)
+    beside = [piece for piece in inside if piece.height >= TALL * tallest]
+
+    def in_a_line(piece: Piece) -> bool:
+        """Whether a piece at the picture's edge is like a digit in a line with others."""
+        level = any(-piece.gap(other)[1] > 0.4 * piece.height for other in beside)
+        return level and sides[piece] < 3 and 0.6 * tallest <= piece.height <= 1.5 * tallest
+
+    kept = inside if inside is found else [piece for piece in found if not sides[piece] or in_a_line(piece)]
     sizes = np.bincount(labels.ravel())
-    return [
-        piece
-        for piece, at in zip(found, sides, strict=True)
-        if sizes[piece.parts[0]] > 2 + 0.004 * tallest**2
-        and (not at or (at < 3 and 0.6 * tallest <= piece.height <= 1.5 * tallest))
-        and tallest >= MINIMUM_HEIGHT
-    ]
+    speck = 2 + 0.004 * tallest**2
+    return [piece for piece in kept if sizes[piece.parts[0]] > speck] if tallest >= MINIMUM_HEIGHT else []
 
 
 def typical_height(pieces: Sequence[Piece]) -> float:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -29,7 +30,7 @@ PACKAGES = ("mnist-cnn", "torch", "torchvision", "pytorch-lightning", "hydra-cor
 OLDEST = (0, 2)  # the first version whose runs and sweeps can be continued
 TEMPORARY = re.compile(r"\.mnist_cnn-[0-9a-f]{8}-.+")
 LOCK = ".lock"
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.EISDIR}
 
 
 # --- whole files -------------------------------------------------------------------------------------------
@@ -48,6 +49,27 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def unwritable(path: Path, error: OSError, remedy: str = "choose another place") -> OSError | UserError:
+    """The error of a user who named a place where nothing can be written; a full disk's stays as it is."""
+    if error.errno not in UNWRITABLE:
+        return error
+    return UserError(f"{path} cannot be written ({error.strerror}): {remedy}")
+
+
+def writable(path: str) -> Path:
+    """`path` of a file that is to be written, its folder made if need be.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=Path(path).parent):
+            return Path(path)
+    except OSError as error:
+        raise unwritable(Path(path), error) from None
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -171,22 +193,19 @@ def claim(folder: Path, by_user: bool = False, check: Callable[[Path], None] = r
     """
     if by_user and folder == Path():
         raise UserError("hydra.run.dir is empty: name a folder")
+    if re.search("[\ud800-\udfff]", str(folder.absolute())):  # torch could not read its checkpoints again
+        raise UserError(f"{folder.absolute()}: the name is no UTF-8; choose another folder by hydra.run.dir=FOLDER")
     attempt = 1
     while True:
         candidate = folder if attempt == 1 else folder.with_name(f"{folder.name}_{attempt}")
         try:
             candidate.mkdir(parents=True)
             created = True
-        except FileExistsError:
-            if candidate.exists() and not candidate.is_dir():
-                raise
-            created = False
         except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise
-            raise UserError(
-                f"{candidate} cannot be written ({error.strerror}): choose another folder by hydra.run.dir=FOLDER"
-            ) from None
+            created = False
+            if error.errno != errno.EEXIST or (candidate.exists() and not candidate.is_dir()):
+                remedy = "choose another folder by hydra.run.dir=FOLDER, for a sweep by hydra.sweep.dir=FOLDER"
+                raise unwritable(candidate, error, remedy) from None
         if not created and not by_user:
             attempt += 1
             continue

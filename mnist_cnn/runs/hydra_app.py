@@ -11,6 +11,7 @@ import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -23,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.config.schema import RunError, Strict, UserError, validated
-from mnist_cnn.config.settings import Evaluate, Export, Import, Predict, Train
+from mnist_cnn.config.settings import Draw, Evaluate, Export, Import, Predict, Train
 from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.errors import in_one_line, refuse
 from mnist_cnn.runs.folder import claim, discard, override_key, read_run, release_all, versions, write_whole
@@ -36,11 +37,12 @@ SCHEMAS: dict[str, type[Strict]] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "export": Export,
+    "draw": Draw,
     "import": Import,
     "sweep": SweepSettings,
 }
 PATHS = {"checkpoint", "images", "initialize", "resume", "multirun.resume", "data.root"}
-NEW_PATHS = {"output", "grid", "folder", "keras", "hydra.run.dir", "hydra.sweep.dir"}  # they need not be there yet
+NEW_PATHS = {"output", "grid", "folder", "keras", "torch", "hydra.run.dir", "hydra.sweep.dir"}  # need not be there
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # of a log in a file, as in conf/base.yaml
@@ -213,19 +215,23 @@ def literal(key: str, value: str) -> str:
     return f"{key}='{escaped}'"
 
 
-def _literal_paths(arguments: list[str]) -> list[str]:
+def literal_paths(arguments: list[str]) -> list[str]:
     """Quote paths, so that spaces, commas, `=` and letters of any script in them mean themselves; `~` is the home."""
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key in PATHS | NEW_PATHS and (value == "~" or value.startswith("~/")):
-            value = str(Path(value).expanduser())
-            argument = f"{key}={value}"
-        odd = key in PATHS or re.search(r"[^\w./+:-]", value)
-        there = odd and not key.startswith("-") and os.path.exists(value)  # noqa: PTH110
-        new = key in NEW_PATHS and value[:1] not in ("'", '"', "[") and value != "null" and "${" not in value
+        path = os.path.expanduser(value) if key in PATHS | NEW_PATHS else value  # noqa: PTH111 — `~x` may be a file
+        odd = key in PATHS or re.search(r"[^A-Za-z0-9_./+:-]", path)
+        there = odd and not key.startswith("-") and os.path.exists(path)  # noqa: PTH110
+        plain = value[:1] not in ("'", '"', "[") and value != "null" and "${" not in value
+        # Of those that must be there several may be a sweep's choices: Hydra finds them.
+        new = plain and (key in NEW_PATHS or (key in PATHS and not re.search(r"[,(]", value)))
         if equals and value and (there or new):
-            argument = literal(key, value)
+            argument = literal(key, path)
+        elif key in PATHS and (listed := re.fullmatch(r"\[(.*[^A-Za-z0-9_\s./,+:-].*)\]", value)):
+            paths = [os.path.expanduser(each.strip()) for each in listed[1].split(",")]  # noqa: PTH111
+            if all(map(os.path.exists, paths)):
+                argument = f"{key}=[{','.join(literal('', each)[1:] for each in paths)}]"
         quoted.append(argument)
     return quoted
 
@@ -241,7 +247,8 @@ def parsed(words: list[str]) -> Namespace:
         known, unknown = parser.parse_known_intermixed_args(words)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # The command's entry has left it to the system until here.
+            signal.signal(number, signal.default_int_handler if handler == signal.SIG_DFL else handler)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         refuse(f"unknown flag {unknown[0]}; settings are written without dashes, such as {name}=…")
@@ -263,15 +270,18 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # no name of a file or a class is lost for its letters
-    words = _literal_paths(sys.argv[1:])
+    words = literal_paths(sys.argv[1:])
     if "--version" in words:
         print(", ".join(f"{name} {number}" for name, number in versions().items()))
         raise SystemExit(0)
     known = parsed(words)
     given = [override_key(word) for word in known.overrides]
     for key, word in zip(given, known.overrides, strict=True):
-        if given.count(key) > 1 and re.search(r"=\[\w+:", word):  # as bash makes of [{filters:32,kernel:3}]
+        if given.count(key) > 1 and re.search(r"=\[?\w+:[^/\\]", word):  # as bash makes of [{filters:32,kernel:3}]
             refuse(f"{word}: the shell has taken it apart: put the whole of {key}=… in single quotes")
+    for key, following in pairwise(given):
+        if key == following and known.multirun:  # as bash makes of seed={1,2}: only the last would be a job
+            refuse(f"{key} is given {given.count(key)} times: the values of a sweep stand together, as in seed=1,2,3")
     # argparse takes overrides in one place only; users write flags anywhere between them.
     sys.argv[1:] = [word for word in words if word not in known.overrides] + known.overrides
     # Hydra hands its errors on only in this mode; a user who asks for it gets the traceback as well.

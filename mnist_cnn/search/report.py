@@ -64,8 +64,8 @@ class Progress:
     def __init__(self, shared: SharedStudy, total: int) -> None:
         self.shared, self.total = shared, total
         self.told = {trial.number for trial in shared.finished()}
-        if self.told:
-            log.info("continuing: %s", state(shared, total))
+        done = f"continuing: {state(shared, total)}" if self.told else f"{total} trials"
+        log.info("%s in %s", done, shared.folder)
 
     def look(self) -> None:
         ended = [trial for trial in self.shared.finished() if trial.number not in self.told]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mnist_cnn.config.schema import RunError, UserError
 from mnist_cnn.config.settings import Train
-from mnist_cnn.data.augmentation import Affine
+from mnist_cnn.data.augmentation import Augment
 from mnist_cnn.data.datamodule import MNISTDataModule
 from mnist_cnn.inference.classifier import Classifier, load_classifier
 from mnist_cnn.inference.metrics import Scores, score
@@ -101,6 +101,11 @@ def run(
     device = prepare(config)
     data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
     data.setup()
+    if config.augmentation.hands and data.classes != [*"0123456789"]:
+        raise UserError(
+            f"augmentation.hands={config.augmentation.hands:g} draws strokes of the digits 0 to 9, and "
+            f"data={config.data.name} has other classes: give augmentation.hands=0"
+        )
     checkpoint = find_last_checkpoint(folder, config, data.classes) if config.resume else None
     network, config = first_network(config, data, overrides, checkpoint is not None)
     module = module_for(config, network)
@@ -108,7 +113,8 @@ def run(
     if trainer.is_global_zero:
         log.info("%s", data.shapes())
         log.info("%s", summary(network))
-        describe_run(folder, config, overrides, choices)
+        if not config.trainer.get("fast_dev_run"):
+            describe_run(folder, config, overrides, choices)
         for logger in trainer.loggers:
             logger.log_hyperparams(config.model_dump(mode="json"))
 
@@ -263,7 +269,7 @@ def module_for(config: Train, network: ConvNet) -> DigitClassifier:
     length = config.schedule.length
     example = check_factory(optimizer, "optimizer", [p for p in network.parameters() if p.requires_grad])
     check_factory(scheduler, "schedule.scheduler", example, **({length: 10} if length else {}))
-    augment = Affine(config.augmentation) if config.augmentation.warps() else None
+    augment = Augment(config.augmentation) if config.augmentation.changes() else None
     return DigitClassifier(
         network,
         optimizer,

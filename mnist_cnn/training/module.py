@@ -94,7 +94,7 @@ class DigitClassifier(pl.LightningModule):
         interval: step or epoch, when the scheduler moves.
         length: name of the scheduler's argument that takes the run's number of intervals.
         seed: of dropout and augmentation.
-        augment: from images (B, 1, 28, 28) of training to what the network sees of them.
+        augment: from images (B, 1, 28, 28) of training and their labels (B,) to what the network sees.
         label_smoothing: the fraction of each label that training's loss spreads over all classes.
 
     Attributes:
@@ -110,7 +110,7 @@ class DigitClassifier(pl.LightningModule):
         interval: str = "epoch",
         length: str | None = None,
         seed: int = 1,
-        augment: Callable[[Tensor], Tensor] | None = None,
+        augment: Callable[[Tensor, Tensor], Tensor] | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class DigitClassifier(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels, *weight = batch  # the weight: see DigitLoader
         if self.augment is not None:
-            images = self.augment(images)
+            images = self.augment(images, labels)
         logits = self.network(images)  # (B, classes)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self._count(loss.detach(), logits.detach(), labels, *weight)

@@ -13,7 +13,7 @@ import mnist_cnn
 from benchmarks.limits import multiply_adds, product
 from mnist_cnn.config.schema import RunError, UserError, validated
 from mnist_cnn.config.settings import Train
-from mnist_cnn.data.augmentation import Affine
+from mnist_cnn.data.augmentation import Augment
 from mnist_cnn.data.datamodule import MNISTDataModule
 from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH
 from mnist_cnn.inference.classifier import load_classifier, mean_logits
@@ -48,9 +48,10 @@ def warm_up(config):
     half = HALF[config.accelerator.precision]
     for count in (size, (60_000 - int(config.data.validation)) % size):  # the last batch of an epoch is a shorter one
         images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, device=device)
+        labels = torch.randint(0, 10, (count,), device=device)
         with torch.autocast(device.type, half, enabled=half is not None):
-            warped = Affine(config.augmentation)(images) if config.augmentation.warps() else images
-            loss = F.cross_entropy(network(warped), torch.randint(0, 10, (count,), device=device))
+            images = Augment(config.augmentation)(images, labels) if config.augmentation.changes() else images
+            loss = F.cross_entropy(network(images), labels)
         loss.backward()
         optimizer.step()
     with torch.inference_mode():
