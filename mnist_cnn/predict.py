@@ -1,4 +1,4 @@
-"""mnist-predict: which digits are in a picture."""
+"""mnist-predict: which digit is in a picture, or which digits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mnist_cnn.inference.classifier import Classifier, Digit
     from mnist_cnn.inference.predictions import Prediction
     from mnist_cnn.pictures.image_files import PictureSource
-    from mnist_cnn.pictures.several import Candidate
 
 log = logging.getLogger(__name__)
 BATCH = 500  # pictures in memory at once
@@ -39,14 +38,16 @@ def main() -> None:
     run_command(job, "predict")
 
 
-class PictureRead(NamedTuple):
-    """What may be the digits of a picture, or why there are none, and, for the grid, it at a smaller size."""
+class DigitRead(NamedTuple):
+    """A digit's readings as uint8 (28, 28), or why there are none; what the grid shows of the picture, uint8
+    (H, W, 3); and, of a picture of several, their number and the digit's box."""
 
     name: str
-    candidates: list[Candidate]
+    readings: list[NDArray[np.uint8]]
     error: str
-    thumbnail: Image | None = None
-    width: int = 0  # in the pixels of the digits' boxes
+    thumbnail: NDArray[np.uint8] | None = None
+    number: str | None = None
+    box: str | None = None
 
 
 def predict(config: Predict) -> None:
@@ -69,29 +70,28 @@ def predict(config: Predict) -> None:
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
     classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta, config.modules)
+    several = config.digits == "several"
     pictures = find_pictures(config.images, as_bytes=config.input == "bytes")
     failed = count = 0
-    panels: list[tuple[NDArray[np.uint8], str]] = []
+    drawn: list[tuple[NDArray[np.uint8], NDArray[np.uint8] | None, str]] = []
     bar = tqdm(unit=" pictures", disable=None, leave=False)  # on a terminal only
     with bar, prediction_writer(config.output) as writer:
         while batch := list(islice(pictures, BATCH)):
-            drawing = GRID - len(panels) if grid else 0
-            read = [read_picture(source, classifier, config, index < drawing) for index, source in enumerate(batch)]
-            found = [
-                (one, digits, rows_of(one, digits, classifier, config))
-                for one, digits in classify_batch(read, classifier, config.digits)
-            ]
-            writer.write([row for *_, rows in found for row in rows])
-            for one, digits, rows in found:
-                if one.error:
-                    failed += 1
-                    log.error("error: %s %s", one.name, one.error)
-                elif one.thumbnail:
-                    panels.append(panel(one, digits, rows))
+            drawing = GRID - len(drawn) if grid else 0
+            read = [read_digits(source, classifier, config, at < drawing) for at, source in enumerate(batch)]
+            digits = [digit for each in read for digit in each]
+            rows, seen = classify_batch(digits, classifier, config.top_k, several)
+            writer.write(rows)
+            failed += report_errors(digits)
             count += len(batch)
+            drawn += [
+                (one.thumbnail, None if several else digit, caption(row))
+                for one, digit, row in zip(digits, seen, rows, strict=True)
+                if one.thumbnail is not None
+            ]
             bar.update(len(batch))
     if grid:
-        draw_grid(panels, count, grid)
+        draw_grid(drawn, count, grid)
     if failed and not config.skip_errors:
         raise SystemExit(1)
 
@@ -105,81 +105,101 @@ def refuse_missing(images: list[str]) -> None:
         next(find_pictures(missing), None)
 
 
-def read_picture(source: PictureSource, classifier: Classifier, config: Predict, drawing: bool) -> PictureRead:
-    """Read a picture and find what may be its digits, or keep the error."""
+def read_digits(source: PictureSource, classifier: Classifier, config: Predict, drawing: bool) -> list[DigitRead]:
+    """Read a picture and bring its digit to what a network may see, or each of several; or keep the error."""
+    from mnist_cnn.pictures.digit_image import readings_for
+
     name = source.name.encode(errors="surrogateescape").decode(errors="backslashreplace")  # bytes that are no UTF-8
     try:
         picture = source.read()
-        candidates = classifier.candidates(picture, config.mode, always=config.digits == "several")
-        return PictureRead(name, candidates, "", *(thumbnail(picture) if drawing else ()))
+        if config.digits == "one":
+            readings = readings_for(classifier.description.data.name, config.mode)(picture)
+            return [DigitRead(name, readings, "", thumbnail(picture) if drawing else None)]
+        digits = classifier.read(picture)
     except UserError as error:
-        return PictureRead(name, [], str(error))
+        return [DigitRead(name, [], str(error))]
+    number = "".join(digit.label for digit in digits)
+    read = [DigitRead(name, [one.image], "", None, number, " ".join(map(str, one.box))) for one in digits]
+    if drawing:
+        read[0] = read[0]._replace(thumbnail=digits_in_boxes(picture, digits, classifier.unsure_below))
+    return read
 
 
 def classify_batch(
-    batch: list[PictureRead], classifier: Classifier, digits: str
-) -> list[tuple[PictureRead, list[Digit]]]:
-    """Each picture with its digits, in their order; with digits=one several are an error."""
-    readings = iter(classifier.choose([one.candidates for one in batch if one.candidates]))
-    found = [(one, next(readings) if one.candidates else []) for one in batch]
-    if digits != "one":
-        return found
-    return [
-        (one._replace(error=f"shows {len(each)} digits: digits=several reads each"), [])
-        if len(each) > 1
-        else (one, each)
-        for one, each in found
-    ]
-
-
-def rows_of(one: PictureRead, digits: list[Digit], classifier: Classifier, config: Predict) -> list[Prediction]:
-    """The rows of a picture in the table: one for each digit, or one with its error."""
+    digits: list[DigitRead], classifier: Classifier, top_k: int, several: bool
+) -> tuple[list[Prediction], list[NDArray[np.uint8] | None]]:
+    """A row for each digit, in their order, and the digit that the network saw, uint8 (28, 28); of pictures that
+    could not be read the error and None."""
     from mnist_cnn.inference.predictions import prediction
 
-    if one.error:
-        return [prediction(one.name, None, classifier, config.top_k, one.error)]
-    number = None
-    if len(digits) > 1 or config.digits == "several":
-        number = "".join(digit.label for digit in digits)
-    return [
-        prediction(one.name, digit.probabilities, classifier, config.top_k, "", number, digit.box if number else None)
-        for digit in digits
+    images, probabilities = classifier.surest([one.readings for one in digits if one.readings])
+    found = iter(zip(images[:, 0], probabilities, strict=True))
+    pairs = [next(found) if one.readings else (None, None) for one in digits]
+    rows = [
+        prediction(
+            one.name, row, classifier, top_k, one.error, {"number": one.number, "box": one.box} if several else {}
+        )
+        for one, (_, row) in zip(digits, pairs, strict=True)
     ]
+    return rows, [digit for digit, _ in pairs]
 
 
-def thumbnail(picture: Any) -> tuple[Image, int]:
-    """A picture of any kind as it is seen, at no more than 896×448, and its width before."""
+def report_errors(digits: list[DigitRead]) -> int:
+    """A line on stderr for each picture that could not be read; returns how many."""
+    failed = [one for one in digits if not one.readings]
+    for one in failed:
+        log.error("error: %s %s", one.name, one.error)
+    return len(failed)
+
+
+def thumbnail(picture: Any) -> NDArray[np.uint8]:
+    """A picture of any kind as it is seen, uint8 (112, 112, 3), on grey where it is not square."""
+    import numpy as np
+    from PIL import ImageOps
+
+    return np.asarray(ImageOps.pad(as_seen(picture), (112, 112), color=(200, 200, 200)))
+
+
+def digits_in_boxes(picture: Any, digits: list[Digit], unsure_below: float) -> NDArray[np.uint8]:
+    """A picture of any kind with each digit's box and label, `?` where it is unsure, on grey, uint8 (600, 800, 3)."""
+    import numpy as np
+    from PIL import ImageDraw, ImageOps
+
+    seen = as_seen(picture)
+    shown = ImageOps.contain(seen, (800, 600))
+    scale = shown.width / (seen.width * getattr(picture, "info", {}).get("reduced_by", 1))
+    draw = ImageDraw.Draw(shown)
+    for digit in digits:
+        left, top, right, bottom = (scale * edge for edge in digit.box)
+        draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=(220, 0, 0), width=2)
+        size = min(40, max(14, 0.5 * (bottom - top)))
+        place, anchor = ((left, top - 6), "ls") if top > size else ((left, bottom + 6), "lt")
+        text = digit.label + "?" * (digit.probability < unsure_below)
+        draw.text(place, text, fill=(220, 0, 0), font_size=size, anchor=anchor)
+    return np.asarray(ImageOps.pad(shown, (800, 600), color=(200, 200, 200)))
+
+
+def as_seen(picture: Any) -> Image:
+    """A picture of any kind, upright, in colours."""
     import numpy as np
     from PIL import Image
 
     from mnist_cnn.pictures.digit_image import visible_pixels
 
     colours = np.asarray(visible_pixels(picture)).clip(0, 255).astype(np.uint8)
-    image = Image.fromarray(np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours)
-    width = image.width * getattr(picture, "info", {}).get("reduced_by", 1)
-    image.thumbnail((896, 448))
-    return image, width
+    return Image.fromarray(np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours)
 
 
-def panel(one: PictureRead, digits: list[Digit], rows: list[Prediction]) -> tuple[NDArray[np.uint8], str]:
-    """What the grid shows of a picture, and the text above it."""
+def caption(row: Prediction) -> str:
+    """What stands above a picture in the grid."""
+    return row.get("number") or f"{row['label']}  {row['probability']:.1%}  {row['unsure'] or ''}".rstrip()
+
+
+def draw_grid(drawn: list[tuple[Any, Any, str]], count: int, path: Path) -> None:
+    """Draw the first of `count` pictures, each beside the digit that the network saw, or with its boxes."""
     from mnist_cnn.inference import plots
 
-    assert one.thumbnail is not None
-    first, row = digits[0], rows[0]
-    if row["number"] is None:
-        text = f"{first.label}  {first.probability:.1%}  {row['unsure'] or ''}".rstrip()
-        return plots.picture_beside_digit(one.thumbnail, first.image), text
-    labels = [f"{each['label']}{'?' if each['unsure'] else ''}" for each in rows]
-    boxes = [digit.box for digit in digits]
-    return plots.digits_in_boxes(one.thumbnail, one.width, labels, boxes), row["number"]
-
-
-def draw_grid(panels: list[tuple[NDArray[np.uint8], str]], count: int, path: Path) -> None:
-    """Draw the first of `count` pictures."""
-    from mnist_cnn.inference import plots
-
-    plots.prediction_grid(panels, count - len(panels), path)
+    plots.prediction_grid(drawn, count - len(drawn), path)
     log.info("%s", path)
 
 

@@ -305,7 +305,7 @@ class Predict(Strict):
     images: OneOrMany
     input: Literal["paths", "bytes"]
     mode: Literal["any", "exact"]
-    digits: Literal["auto", "one", "several"]
+    digits: Literal["one", "several"]
     output: Annotated[str | None, _ending("output", ".csv", ".json", ".jsonl", ".parquet")]
     tta: Tta
     top_k: int = Field(ge=0, le=10)

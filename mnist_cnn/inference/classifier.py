@@ -22,7 +22,7 @@ from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.models.device import find_device
 from mnist_cnn.pictures.digit_image import readings_for
 from mnist_cnn.pictures.image_files import read_picture
-from mnist_cnn.pictures.several import Box, Candidate, best_reading, find_candidates, one_digit
+from mnist_cnn.pictures.several import Box, best_reading, find_candidates
 
 Picture = str | Path | Image.Image | NDArray[np.generic] | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -38,14 +38,12 @@ class Member(NamedTuple):
 
 
 class Digit(NamedTuple):
-    """A digit that was found in a picture, its box (left, top, right, bottom) in the picture's pixels, seen upright,
-    what the network saw of it, uint8 (28, 28), and the probabilities of the classes, float32 (classes,)."""
+    """A digit that was found in a picture, what the network saw of it, uint8 (28, 28), and its box in the picture."""
 
     label: str
     probability: float
-    box: Box
     image: NDArray[np.uint8]
-    probabilities: NDArray[np.float32]
+    box: Box
 
 
 class Classifier:
@@ -103,9 +101,9 @@ class Classifier:
             mode: exact takes uint8 28×28 only, all of it as it is.
 
         Raises:
-            UserError: a picture cannot be read, is blank, is noise or shows several digits; the message names it.
+            UserError: a picture cannot be read, is blank or is noise; the message names it.
         """
-        return np.stack([digit.probabilities for digit in self._single_digits(pictures, mode)])
+        return self._seen(pictures, mode)[1]
 
     def predict(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> list[str]:
         """The most probable class of each picture, by name; arguments and errors as for `probabilities`."""
@@ -119,66 +117,49 @@ class Classifier:
         ]
 
     def read(self, picture: Picture) -> list[Digit]:
-        """The digits of a picture of one or several, left to right and line by line.
-
-        Raises:
-            UserError: it cannot be read, is blank or is noise.
-        """
-        return self.choose([self.candidates(_opened(picture), always=True)])[0]
-
-    def candidates(
-        self, picture: Image.Image | NDArray[Any], mode: Literal["any", "exact"] = "any", always: bool = False
-    ) -> list[Candidate]:
-        """What may be the digits of a picture, for `choose`; where it is taken as it is, or classes have longer names
-        than a digit or letter, the whole picture alone. Errors and `always` as of `find_candidates`."""
-        data = self.description.data.name
-        if mode == "exact" or (max(map(len, self.classes)) > 1 and not always):
-            return one_digit(readings_for(data, mode)(picture))
-        return find_candidates(picture, data, always)
-
-    def choose(self, pictures: Sequence[Sequence[Candidate]]) -> list[list[Digit]]:
-        """Of the candidates of each picture those that are its digits, in reading order; at least one."""
-        drawn = [[one for one in each if one.image is not None] for each in pictures]
-        images = np.array([one.image for each in drawn for one in each], np.uint8).reshape(-1, 1, 28, 28)
-        probabilities = torch.softmax(self.logits(torch.from_numpy(images)), dim=1).numpy()
-        parts = np.split(probabilities, np.cumsum([len(each) for each in drawn])[:-1]) if pictures else []
+        """The digits of a picture of several, or of one, left to right and line by line; errors as of `predict`."""
+        candidates = find_candidates(_opened(picture))
+        images, probabilities = self.surest([[one.image] for one in candidates if one.image is not None])
+        found = best_reading(candidates, probabilities)
+        boxes = [one.box for one in candidates if one.image is not None]
         return [
-            [self._digit(own[row], rows[row]) for row in ([0] if len(each) == 1 else best_reading(each, rows))]
-            for each, own, rows in zip(pictures, drawn, parts, strict=True)
+            Digit(self.classes[row.argmax()], float(row.max()), image, boxes[index])
+            for index, image, row in zip(found, images[found, 0], probabilities[found], strict=True)
         ]
-
-    def _digit(self, one: Candidate, probabilities: NDArray[np.float32]) -> Digit:
-        assert one.image is not None
-        best = int(probabilities.argmax())
-        return Digit(self.classes[best], float(probabilities[best]), one.box, one.image, probabilities)
 
     def feature_maps(self, picture: Picture) -> list[NDArray[np.float32]]:
         """What each block of the first network finds in a picture: (filters, height, width) a block, after relu."""
-        (digit,) = self._single_digits(picture)
-        return [maps[0].cpu().numpy() for maps in self.network.feature_maps(torch.from_numpy(digit.image[None, None]))]
+        return [maps[0].cpu().numpy() for maps in self.network.feature_maps(torch.from_numpy(self._seen(picture)[0]))]
 
     def show(self, picture: Picture) -> Image.Image:
         """A picture beside what the network saw of it, and the probabilities as bars; a notebook shows it."""
         from mnist_cnn.inference.plots import png, probability_bars
 
-        (digit,) = self._single_digits(picture)
-        figure = probability_bars(_opened(picture), digit.image, digit.probabilities.tolist(), self.classes)
+        digits, probabilities = self._seen(picture)
+        figure = probability_bars(_opened(picture), digits[0, 0], probabilities[0].tolist(), self.classes)
         return Image.open(io.BytesIO(png(figure)))
 
-    def _single_digits(self, pictures: Pictures, mode: Literal["any", "exact"] = "any") -> list[Digit]:
-        """The digit of each picture; errors as of `probabilities`."""
-        each = split_pictures(pictures)
-        candidates = []
-        for index, picture in enumerate(each):
-            try:
-                candidates.append(self.candidates(_opened(picture), mode))
-            except UserError as error:
-                raise UserError(f"{_name(picture, index)}: {error}") from None
-        readings = self.choose(candidates)
-        for index, digits in enumerate(readings):
-            if len(digits) > 1:
-                raise UserError(f"{_name(each[index], index)} shows {len(digits)} digits: read() finds each")
-        return [digits[0] for digits in readings]
+    def surest(self, pictures: Sequence[Sequence[NDArray[np.uint8]]]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Of each picture's readings, uint8 (28, 28), the one with the greatest probability of a class.
+
+        Returns:
+            the digits seen, uint8 (N, 1, 28, 28), and their probabilities, float32 (N, classes).
+        """
+        forms = [form for readings in pictures for form in readings]
+        digits = np.stack(forms)[:, None] if forms else np.zeros((0, 1, 28, 28), np.uint8)
+        probabilities = torch.softmax(self.logits(torch.from_numpy(digits)), dim=1).numpy()
+        if len(forms) == len(pictures):
+            return digits, probabilities
+        sure, end = probabilities.max(1), np.cumsum([len(readings) for readings in pictures])
+        best = [
+            last - len(each) + sure[last - len(each) : last].argmax() for each, last in zip(pictures, end, strict=True)
+        ]
+        return digits[best], probabilities[best]
+
+    def _seen(
+        self, pictures: Pictures, mode: Literal["any", "exact"] = "any"
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        return self.surest(picture_readings(pictures, readings_for(self.description.data.name, mode)))
 
 
 def mean_logits(logits: Tensor) -> Tensor:
@@ -200,11 +181,13 @@ def shifted(images: Tensor, tta: int) -> list[Tensor]:
     return [padded[..., top : top + height, left : left + width].contiguous() for top, left in corners]
 
 
-def split_pictures(pictures: Pictures) -> Sequence[Picture]:
-    """Pictures, as `Classifier.probabilities` takes them, one by one.
+def picture_readings(
+    pictures: Pictures, read: Callable[[Any], list[NDArray[np.uint8]]]
+) -> list[list[NDArray[np.uint8]]]:
+    """Pictures, as `Classifier.probabilities` takes them, to the readings of each by `read`, uint8 (28, 28).
 
     Raises:
-        UserError: an array has another number of dimensions.
+        UserError: an array has another number of dimensions, or a picture cannot be read; the message names it.
     """
     if isinstance(pictures, Tensor):
         pictures = pictures.detach().cpu().numpy()
@@ -214,12 +197,19 @@ def split_pictures(pictures: Pictures) -> Sequence[Picture]:
         if pictures.ndim not in (2, 3):
             shape = pictures.shape
             raise UserError(f"pictures have shape {shape}: expected (H, W), (N, H, W) or (N, 1, 28, 28)")
-        return [pictures] if pictures.ndim == 2 else list(pictures)
-    return [pictures] if isinstance(pictures, str | Path | Image.Image) else pictures
-
-
-def _name(picture: Picture, index: int) -> str:
-    return str(picture) if isinstance(picture, str | Path) else f"picture {index}"
+        each: Sequence[Picture] = [pictures] if pictures.ndim == 2 else list(pictures)
+    elif isinstance(pictures, str | Path | Image.Image):
+        each = [pictures]
+    else:
+        each = pictures
+    readings = []
+    for index, picture in enumerate(each):
+        try:
+            readings.append(read(_opened(picture)))
+        except UserError as error:
+            name = str(picture) if isinstance(picture, str | Path) else f"picture {index}"
+            raise UserError(f"{name}: {error}") from None
+    return readings
 
 
 def _opened(picture: Picture) -> Image.Image | NDArray[Any]:

@@ -13,14 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from mnist_cnn.inference.metrics import Scores
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.pictures.digit_image import visible_pixels
 
-PANEL = 112  # pixels of a picture's side in a grid
 INK: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 255}  # the style of digits, dark on white
 
 
@@ -155,35 +153,22 @@ def evaluation_plots(
     incorrect_digits(images, labels, logits, classes, folder / "incorrect_digits.png")
 
 
-def prediction_grid(panels: Sequence[tuple[Any, str]], left_out: int, path: Path) -> None:
-    """Draw panels, uint8 and twice as wide as high, each under its text; the title says how many are `left_out`."""
-    images, texts = [image for image, _ in panels], [text for _, text in panels]
+def prediction_grid(pictures: Sequence[tuple[Any, Any, str]], left_out: int, path: Path) -> None:
+    """Draw each picture uint8 (112, 112, 3) beside the digit uint8 (28, 28) that the network saw, under its text; where
+    that is None, pictures uint8 (600, 800, 3) alone.
+
+    The title says how many pictures are `left_out`.
+    """
+    panels = [
+        picture
+        if digit is None
+        else np.hstack([picture, np.repeat(np.kron(255 - digit, np.ones((4, 4), np.uint8))[..., None], 3, 2)])
+        for picture, digit, _ in pictures
+    ]
+    texts = [text for *_, text in pictures]
     more = f" ({left_out:,} more are not drawn)" if left_out else ""
-    columns = 4 if all(len(image) == len(images[0]) == PANEL for image in images) else min(2, len(images))
-    title = f"Pictures, and what the network saw of them{more}"
-    image_grid(title, images, texts, columns, path, inches=1.8 * 4 / columns)
-
-
-def picture_beside_digit(picture: Image.Image, digit: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A picture, on grey where it is not square, beside the digit uint8 (28, 28) that the network saw."""
-    left = np.asarray(ImageOps.pad(picture, (PANEL, PANEL), color=(200, 200, 200)))
-    right = np.kron(255 - digit, np.ones((PANEL // 28, PANEL // 28), np.uint8))
-    return np.concatenate([left, np.repeat(right[..., None], 3, axis=2)], axis=1)
-
-
-def digits_in_boxes(
-    picture: Image.Image, width: int, labels: Sequence[str], boxes: Sequence[tuple[int, int, int, int]]
-) -> NDArray[np.uint8]:
-    """A picture with each digit's box and its label above, in the pixels of a picture `width` wide."""
-    shown = ImageOps.contain(picture, (8 * PANEL, 4 * PANEL))
-    scale, draw = shown.width / width, ImageDraw.Draw(shown)
-    for label, box in zip(labels, boxes, strict=True):
-        left, top, right, bottom = (edge * scale for edge in box)
-        draw.rectangle((left - 4, top - 4, right + 3, bottom + 3), outline=(220, 0, 0), width=4)
-        place, anchor = ((left, top - 8), "ls") if top > 40 else ((left, bottom + 8), "lt")
-        size = min(44, max(16, (bottom - top) / 1.5))
-        draw.text(place, label, fill=(220, 0, 0), font_size=size, anchor=anchor)
-    return np.asarray(ImageOps.pad(shown, (8 * PANEL, 4 * PANEL), color=(200, 200, 200)))
+    columns, inches = (min(2, len(panels)), 7.0) if panels and pictures[0][1] is None else (4, 1.8)
+    image_grid(f"Pictures, and what the network saw of them{more}", panels, texts, columns, path, inches=inches)
 
 
 def probability_bars(picture: Any, digit: NDArray[np.uint8], probabilities: Any, classes: list[str]) -> Figure:

@@ -16,7 +16,6 @@ from mnist_cnn.data.corruptions import CORRUPTIONS
 from mnist_cnn.inference.classifier import Classifier
 from mnist_cnn.inference.plots import INK, image_grid
 from mnist_cnn.pictures.digit_image import readings_for
-from mnist_cnn.pictures.several import one_digit
 
 
 def score_corruptions(
@@ -37,10 +36,10 @@ def score_corruptions(
         seen, found = np.zeros(len(labels), bool), []
         for index, digit in enumerate(corrupted):
             with suppress(UserError):
-                found.append(one_digit(read(digit)))
+                found.append(read(digit))
                 seen[index] = True
         through = np.full(len(labels), -1)  # no class
-        through[seen] = [digit.probabilities.argmax() for (digit,) in classifier.choose(found)]
+        through[seen] = classifier.surest(found)[1].argmax(1)
         figures[name] = {
             "error": float((alone != labels).mean()),
             "form_error": float((through != labels).mean()),

@@ -95,8 +95,12 @@ def block_means(pixels: NDArray[Any], factor: int) -> Ink:
     return (sums[:height, :width] / factor**2).astype(np.float32)
 
 
-def _extract_ink(pixels: Ink) -> Ink:
-    """Pixels (H, W, channels) to ink 0–1 (H, W), zero wherever there is none of the digit."""
+def ink_fractions(pixels: Ink) -> tuple[Ink, bool]:
+    """Pixels (H, W, channels) to how full of ink each is, about 0–1 (H, W), and whether the paper has one colour.
+
+    Raises:
+        UserError: the picture is blank.
+    """
     paper, flat = _paper_colour(pixels)
     difference = pixels - paper
     if not flat:  # ink in the shade has less contrast: give it back
@@ -104,8 +108,12 @@ def _extract_ink(pixels: Ink) -> Ink:
     ink, contrast = _project_on_ink_colour(difference)
     if contrast < MINIMUM_CONTRAST:
         raise UserError(BLANK)
-    if not flat:
-        ink = _remove_shadows_and_noise(ink)
+    return ink if flat else _remove_shadows_and_noise(ink), flat
+
+
+def _extract_ink(pixels: Ink) -> Ink:
+    """Pixels (H, W, channels) to ink 0–1 (H, W), zero wherever there is none of the digit."""
+    ink, flat = ink_fractions(pixels)
     mask = _strokes(ink)
     near = ndimage.binary_dilation(mask, iterations=2) if not flat or not mask.all() else mask
     return np.where(near, ink, 0).clip(0, 1).astype(np.float32)
@@ -213,9 +221,9 @@ def _strokes(ink: Ink) -> NDArray[np.bool_]:
         UserError: nothing stands out, as in noise.
     """
     mask = ink > STROKE_LEVEL
-    if _coherence(mask) < MINIMUM_COHERENCE:
+    if coherence(mask) < MINIMUM_COHERENCE:
         mask = _without_specks(mask)
-        if not mask.any() or _coherence(mask) < MINIMUM_COHERENCE:
+        if not mask.any() or coherence(mask) < MINIMUM_COHERENCE:
             raise UserError(NOISE)
         faint = mask
     else:
@@ -291,7 +299,7 @@ def _find_frame(mask: NDArray[np.bool_]) -> list[tuple[int, int]] | None:
     return [(top + height // 10 + 1, bottom - height // 10), (left + width // 10 + 1, right - width // 10)]
 
 
-def _coherence(mask: NDArray[np.bool_]) -> float:
+def coherence(mask: NDArray[np.bool_]) -> float:
     """Correlation of a mask's pixels with their neighbours to the right and below, -1 to 1."""
     fraction = mask.mean()
     if fraction in (0, 1) or mask.size < 4:

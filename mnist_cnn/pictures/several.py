@@ -16,20 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from mnist_cnn.config.architecture import IMAGE_SIZE
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.pictures.digit_image import (
-    IN_MNIST_FORM,
-    in_mnist_form,
-    readings_for,
-    scale_and_centre,
-    visible_pixels,
-)
-from mnist_cnn.pictures.ink import NOISE, block_means
-from mnist_cnn.pictures.ink_map import ink_map
+from mnist_cnn.pictures.digit_image import scale_and_centre, visible_pixels
+from mnist_cnn.pictures.ink import BLANK, MINIMUM_COHERENCE, NOISE, STROKE_LEVEL, block_means, coherence, ink_fractions
 
 WORKING_SIDE = 640  # pixels; a larger picture is averaged down to it
-STROKE_LEVEL = 0.35  # of full ink: above it a pixel belongs to a stroke
 CLOSED_FROM = 300  # pixels of a side: in larger pictures white lines of one pixel part no strokes
 MINIMUM_HEIGHT = 6  # pixels of the tallest piece
 MAXIMUM_COMPONENTS = 1000  # more are noise
@@ -44,7 +35,6 @@ GAP = 40.0  # per white column between its pieces
 CUT, CUT_INK = 2.5, 5.0  # at each end that is a cut; per ink there
 CLOSE = 2.0  # at each end: per part of the width that it shares with the neighbour
 LEFT_OUT = 10.0  # of a whole piece that is read as no digit
-IN_FRAME = 4.0  # of each digit in a picture of 28×28, which most likely has one, damaged perhaps
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in the picture's pixels, seen upright
@@ -96,57 +86,43 @@ class Piece(NamedTuple):
         return max(0, -self.gap(other)[0]) / min(self.width, other.width)
 
 
-def one_digit(forms: Sequence[NDArray[np.uint8]], box: Box = (0, 0, IMAGE_SIZE, IMAGE_SIZE)) -> list[Candidate]:
-    """The readings of a picture of one digit, uint8 (28, 28) each, as candidates."""
-    return [Candidate(0, 1, box, form, 0.0) for form in forms]
-
-
-def find_candidates(picture: Image.Image | NDArray[Any], data: str, always: bool = False) -> list[Candidate]:
+def find_candidates(picture: Image.Image | NDArray[Any]) -> list[Candidate]:
     """What may be the digits of a picture, for `best_reading` to choose from.
-
-    Args:
-        picture: as of `mnist_form`.
-        data: what the network was trained on, as of `readings_for`.
-        always: look for the digit's box also where a picture of 28×28 is taken as it is.
 
     Raises:
         UserError: there is no digit in it, or it is no picture.
     """
     pixels = visible_pixels(picture)
-    if pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 1) and pixels.dtype == np.uint8 and not always:
-        small = pixels[..., 0]
-        for form in (small, 255 - small) if data in IN_MNIST_FORM else (small,):
-            if data not in IN_MNIST_FORM or in_mnist_form(form):
-                return one_digit([form])
-    whole, noise = [], None
-    try:
-        whole = readings_for(data, "any")(picture)
-    except UserError as error:
-        if str(error) != NOISE:  # which many digits look like to the form of one
-            raise
-        noise = error
-    factor = -(-max(pixels.shape[:2]) // WORKING_SIDE)
-    ink = ink_map(block_means(pixels, factor))
-    mask = ink > STROKE_LEVEL
-    if max(ink.shape) >= CLOSED_FROM:
-        mask |= ndimage.binary_closing(mask, np.ones((3, 3)))
-    labels, count = ndimage.label(mask, np.ones((3, 3)))
-    joined = join_strokes(components(labels)) if count <= MAXIMUM_COMPONENTS else []
-    typical = typical_height(joined)
-    lines = [[part for piece in line for part in cut(piece, labels, typical)] for line in find_lines(joined, typical)]
-    count = sum(map(len, lines))
-    candidates = digit_candidates(ink, labels, lines, typical) if count > 1 else []
-    if pixels.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
-        candidates = [one._replace(penalty=one.penalty + IN_FRAME) for one in candidates]
-    tall = [piece for piece in joined if piece.height >= TALL * typical] or [
-        Piece(0, 0, ink.shape[1], ink.shape[0], ())
+    left = top = 0
+    while True:
+        factor = -(-max(pixels.shape[:2]) // WORKING_SIDE)
+        ink = ink_fractions(block_means(pixels, factor))[0].clip(0, 1)
+        mask = ink > STROKE_LEVEL
+        if max(ink.shape) >= CLOSED_FROM:
+            mask |= ndimage.binary_closing(mask, np.ones((3, 3)))
+        labels, count = ndimage.label(mask, np.ones((3, 3)))
+        if count > MAXIMUM_COMPONENTS or coherence(mask) < MINIMUM_COHERENCE / 2:  # small digits have thin strokes
+            raise UserError(NOISE)
+        pieces = join_strokes(components(labels))
+        if not pieces:
+            raise UserError(BLANK)
+        typical = typical_height(pieces)
+        lines = find_lines(pieces, typical)
+        # Digits that are small in a large picture are looked at again alone: their own light, and finer pixels.
+        edges = np.array([piece[:4] for piece in chain.from_iterable(lines)])
+        first, last = edges[:, :2].min(0) - typical, edges[:, 2:].max(0) + typical
+        (x, y), (right, bottom) = (factor * np.rint(one.clip(0)).astype(int) for one in (first, last))
+        closer = pixels[y:bottom, x:right]
+        if -(-max(closer.shape[:2]) // WORKING_SIDE) == factor:
+            break
+        pixels, left, top = closer, left + x, top + y
+    lines = [[part for piece in line for part in cut(piece, labels, typical)] for line in lines]
+    candidates = digit_candidates(ink, labels, lines, typical)
+    scale = getattr(picture, "info", {}).get("reduced_by", 1)
+    return [
+        one._replace(box=tuple(scale * (at + factor * edge) for at, edge in zip((left, top) * 2, one.box, strict=True)))
+        for one in candidates
     ]
-    if count < 2 or len(tall) <= MAXIMUM_PIECES:
-        candidates += [whole_candidate(tall, max(1, count), form) for form in whole]
-    if noise is not None and not candidates:
-        raise noise
-    scale = factor * getattr(picture, "info", {}).get("reduced_by", 1)
-    return [one._replace(box=tuple(scale * edge for edge in one.box)) for one in candidates]
 
 
 def best_reading(candidates: Sequence[Candidate], probabilities: NDArray[np.float32]) -> list[int]:
@@ -195,7 +171,7 @@ def components(labels: NDArray[np.int32]) -> list[Piece]:
 
 def typical_height(pieces: Sequence[Piece]) -> float:
     heights = np.array([piece.height for piece in pieces] or [0])
-    return float(np.median(heights[heights >= TALL * heights.max()]))
+    return float(np.percentile(heights[heights >= TALL * heights.max()], 75))
 
 
 def join_strokes(found: list[Piece]) -> list[Piece]:
@@ -294,16 +270,3 @@ def _cut_out(
     own = (owner[region] > start) & (owner[region] <= stop)
     soft = ndimage.binary_dilation(own, iterations=2) & (owner[region] == 0)  # edges of strokes
     return scale_and_centre(np.where(own | soft, ink[region], 0).astype(np.float32))
-
-
-def whole_candidate(pieces: list[Piece], count: int, image: NDArray[np.uint8]) -> Candidate:
-    """The whole picture as one digit, whose strokes are the pieces; `count` of candidates lie in it."""
-    union, reached, left = pieces[0], pieces[:1], pieces[1:]
-    widest = 0  # gap that is crossed on the shortest way to all
-    while left:
-        gap, near = min((max(0, *piece.gap(one)), piece) for piece in left for one in reached)
-        widest, union = max(widest, gap), union.joined(near)
-        left.remove(near)
-        reached.append(near)
-    penalty = WIDE * max(0, union.width / union.height - 0.9) + GAP * widest / max(piece.height for piece in pieces)
-    return Candidate(0, count, union[:4], image, penalty)
