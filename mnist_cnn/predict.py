@@ -172,7 +172,7 @@ def digits_in_boxes(picture: Any, digits: list[Digit], unsure_below: float) -> N
     for digit in digits:
         left, top, right, bottom = (scale * edge for edge in digit.box)
         draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=(220, 0, 0), width=2)
-        size = min(40, max(14, 0.5 * (bottom - top)))
+        size = min(40, max(14, 0.4 * (bottom - top)))
         place, anchor = ((left, top - 6), "ls") if top > size else ((left, bottom + 6), "lt")
         text = digit.label + "?" * (digit.probability < unsure_below)
         draw.text(place, text, fill=(220, 0, 0), font_size=size, anchor=anchor)

@@ -32,8 +32,8 @@ MAXIMUM_PIECES = 5  # of one digit
 WIDE = 20.0  # per width beyond 0.9
 SHORT = 30.0  # per height below 0.7
 GAP = 40.0  # per white column between its pieces
-CUT, CUT_INK = 2.5, 5.0  # at each end that is a cut; per ink there
-CLOSE = 2.0  # at each end: per part of the width that it shares with the neighbour
+CUT, CUT_INK = 1.4, 5.0  # at each end that is a cut; per ink there
+CLOSE = 1.3  # at each end: per part of the width that it shares with the neighbour
 LEFT_OUT = 10.0  # of a whole piece that is read as no digit
 
 
