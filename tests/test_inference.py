@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import said
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from torch.nn import functional as F
 
 from mnist_cnn import load_classifier
@@ -25,7 +25,7 @@ from mnist_cnn.inference.classifier import mean_logits, shifted
 from mnist_cnn.inference.metrics import fit_temperature, score, sure_from, wilson_interval
 from mnist_cnn.inference.robustness import score_corruptions
 from mnist_cnn.models.checkpoint import read_checkpoint
-from mnist_cnn.pictures.digit_image import in_mnist_form, mnist_form
+from mnist_cnn.pictures.digit_image import in_mnist_form, mnist_form, readings
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,85 @@ def test_the_table_beside_a_photographed_page_is_not_the_digit():
     table = np.where((x < 25) | (y < 18) | (x + y > 1300), 70.0, photo)
     alone, beside = (mnist_form(picture.clip(0, 255).astype(np.uint8)).astype(float) for picture in (photo, table))
     assert np.corrcoef(alone.ravel(), beside.ravel())[0, 1] > 0.9
+
+
+def stroke(points, width, side=120, blur=0):
+    """Ink 0–1 of a pen that goes through points, each in 0–1 as (x, y)."""
+    page = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(page)
+    at = [(x * side, y * side) for x, y in points]
+    draw.line(at, fill=255, width=width, joint="curve")
+    return np.asarray(page.filter(ImageFilter.GaussianBlur(blur))) / 255
+
+
+def alike(one, other):
+    return np.corrcoef(one.astype(float).ravel(), other.astype(float).ravel())[0, 1]
+
+
+TWO = [(0.2, 0.25), (0.5, 0.12), (0.8, 0.3), (0.2, 0.85), (0.85, 0.85)]
+FOUR = [(0.7, 0.9), (0.7, 0.1), (0.2, 0.6), (0.9, 0.6)]
+
+
+def test_broad_strokes_that_fill_a_photo_stay_ink():
+    ink = stroke(TWO, 26, blur=1)
+    rows, columns = (np.flatnonzero(ink.max(axis) > 0.5) for axis in (1, 0))
+    cut = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    light = np.linspace(150, 200, cut.shape[1]) + np.random.default_rng(0).normal(0, 3, cut.shape)
+    assert alike(mnist_form(light * (1 - 0.8 * cut)), mnist_form(1 - ink)) > 0.95
+
+
+@pytest.mark.parametrize("background", [0, 255])
+def test_the_axes_of_a_plot_are_not_the_digit(background):
+    """As matplotlib saves it: white, black axes with ticks and their numbers, and a picture of a digit in them."""
+    plot = Image.new("L", (240, 240), 255)
+    draw = ImageDraw.Draw(plot)
+    draw.rectangle((39, 29, 190, 180), outline=0)
+    for tick in range(45, 180, 25):
+        draw.line((34, tick, 39, tick), fill=0)
+        draw.line((tick, 180, tick, 185), fill=0)
+        draw.text((20, tick - 5), str(tick // 9), fill=0)
+        draw.text((tick - 4, 190), str(tick // 9), fill=0)
+    ink = np.pad(stroke(FOUR, 10), 15)
+    plot.paste(Image.fromarray(np.abs(background - 255 * ink).astype(np.uint8)), (40, 30))
+    assert alike(mnist_form(plot), mnist_form(1 - ink)) > 0.9
+
+
+def test_a_broken_stroke_is_no_noise():
+    ink = stroke(FOUR, 8, 190, blur=1)
+    broken = ink.copy()
+    broken[::24] = broken[1::24] = broken[:, ::24] = broken[:, 1::24] = 0
+    assert alike(mnist_form(1 - broken), mnist_form(1 - ink)) > 0.85
+
+
+def test_ink_may_have_two_colours():
+    ink = stroke(TWO, 12)[..., None]
+    colours = np.where(np.arange(120)[:, None, None] < 50, (0, 255, 255), (255, 0, 0))
+    assert alike(mnist_form(255 - ink * (255 - colours)), mnist_form(255 - ink[..., 0] * 255)) > 0.95
+    assert mnist_form(np.where(np.arange(60)[:, None, None] < 30, (0, 255, 255), (255, 0, 0))).any()  # at right angles
+
+
+def test_specks_are_not_noise_and_noise_is():
+    random = np.random.default_rng(0)
+    chance = random.random((28, 28))
+    digit = np.roll(SEVEN, 1, 0)
+    specks = np.where(chance < 0.1, 0, np.where(chance < 0.2, 255, digit)).astype(np.uint8)
+    assert alike(readings(specks)[0], SEVEN) > 0.6
+    with pytest.raises(UserError, match="only noise"):
+        readings(np.where(chance < 0.2, 255, 0).astype(np.uint8))
+
+
+def test_the_network_takes_the_reading_that_it_is_surest_of(trained):
+    """A white border is paper to the form; the picture as it is has the digit where MNIST has it."""
+    classifier = load_classifier(trained)
+    assert len(readings(SEVEN)) == 1
+    bordered = np.pad(SEVEN[2:-2, 2:-2], 2, constant_values=255)
+    assert any(np.array_equal(one, bordered) for one in readings(bordered))
+    both = readings(np.roll(SEVEN, (3, 4), (0, 1)))
+    assert len(both) == 2
+    sure = classifier.probabilities(np.stack(both), mode="exact").max(1)
+    seen, probabilities = classifier.surest([both, [SEVEN]])
+    np.testing.assert_array_equal(seen[:, 0], [both[sure.argmax()], SEVEN])
+    assert probabilities.shape == (2, 10)
 
 
 def test_the_camera_says_which_way_is_up(tmp_path):

@@ -100,7 +100,7 @@ def thicker_or_thinner(images: Tensor) -> Tensor:
 TOP, MIDDLE, BOTTOM, LEFT = range(4)  # where a stroke is joined to a digit; left: the top of its left half
 # Strokes that few of MNIST's writers make: label, and from where to where, in pixels right and down of such a place.
 HANDS = (
-    (1, TOP, (0, 0), TOP, (-5, 6)),  # a 1 with a flag
+    (1, TOP, (0, 0), TOP, (-6, 7)),  # a 1 with a flag
     (1, BOTTOM, (-4, 0), BOTTOM, (4, 0)),  # and with a foot
     (4, LEFT, (0, 0), TOP, (0, 0)),  # a 4 that is closed at its top
     (7, MIDDLE, (-4, 0), MIDDLE, (4, 0)),  # a crossed 7
@@ -121,11 +121,11 @@ def other_hand(images: Tensor, labels: Tensor) -> Tensor:
         places.append(torch.stack([(line @ rows[:part].float()) / line.sum(1).clamp(min=1), row.float()], 1))
     strokes = []
     for label, start, begin, end, finish in HANDS:
-        jitter = 0.5 + torch.rand(len(ink), 4)
+        jitter = (0.4 + 1.2 * torch.rand(len(ink), 1)) * (0.8 + 0.4 * torch.rand(len(ink), 4))
         ends = torch.cat([places[start], places[end]], 1) + torch.tensor([*begin, *finish]) * jitter
         drawn = (labels.cpu() == label) & (torch.rand(len(ink)) < 0.5)
         strokes.append(torch.where(drawn[:, None], ends, -99.0))  # else far outside
-    return torch.maximum(images, 255 * segments(torch.stack(strokes, 1).to(device), _uniform(images, 2, 4)))
+    return torch.maximum(images, 255 * segments(torch.stack(strokes, 1).to(device), _uniform(images, 2, 5)))
 
 
 def segments(ends: Tensor, width: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def blur(images: Tensor) -> Tensor:
     u, v = right * angle.cos() + down * angle.sin(), down * angle.cos() - right * angle.sin()
     spectrum = torch.fft.rfft2(images) * (-2 * math.pi**2 * ((along * u) ** 2 + (across * v) ** 2)).exp()
     found = torch.fft.irfft2(spectrum, images.shape[-2:])
-    return found / torch.lerp(found.amax((2, 3), keepdim=True).clamp(min=0.1), torch.ones(()), _uniform(images, 0, 1))
+    return found / found.amax((2, 3), keepdim=True).clamp(min=0.1).pow(_uniform(images, 0, 1))
 
 
 def background(images: Tensor) -> Tensor:
