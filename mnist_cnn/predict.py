@@ -1,9 +1,8 @@
-"""mnist-predict: which digit is in a picture."""
+"""mnist-predict: which digit is in a picture, or which digits."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,8 +18,9 @@ from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
-    from mnist_cnn.inference.classifier import Classifier
+    from mnist_cnn.inference.classifier import Classifier, Digit
     from mnist_cnn.inference.predictions import Prediction
     from mnist_cnn.pictures.image_files import PictureSource
 
@@ -39,12 +39,15 @@ def main() -> None:
 
 
 class DigitRead(NamedTuple):
-    """A picture's readings as uint8 (28, 28), or why there are none, and what the grid shows, uint8 (112, 112, 3)."""
+    """A digit's readings as uint8 (28, 28), or why there are none; what the grid shows of the picture, uint8
+    (H, W, 3); and, of a picture of several, their number and the digit's box."""
 
     name: str
     readings: list[NDArray[np.uint8]]
     error: str
     thumbnail: NDArray[np.uint8] | None = None
+    number: str | None = None
+    box: str | None = None
 
 
 def predict(config: Predict) -> None:
@@ -62,13 +65,12 @@ def predict(config: Predict) -> None:
 
     from mnist_cnn.inference.classifier import load_classifier
     from mnist_cnn.inference.predictions import prediction_writer
-    from mnist_cnn.pictures.digit_image import readings_for
     from mnist_cnn.pictures.image_files import find_pictures
 
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
     classifier = load_classifier(config.checkpoint, config.accelerator.name, config.tta, config.modules)
-    read = readings_for(classifier.description.data.name, config.mode)
+    several = config.digits == "several"
     pictures = find_pictures(config.images, as_bytes=config.input == "bytes")
     failed = count = 0
     drawn: list[tuple[NDArray[np.uint8], NDArray[np.uint8] | None, str]] = []
@@ -76,13 +78,14 @@ def predict(config: Predict) -> None:
     with bar, prediction_writer(config.output) as writer:
         while batch := list(islice(pictures, BATCH)):
             drawing = GRID - len(drawn) if grid else 0
-            digits = [read_digit(source, read, index < drawing) for index, source in enumerate(batch)]
-            rows, seen = classify_batch(digits, classifier, config.top_k)
+            read = [read_digits(source, classifier, config, at < drawing) for at, source in enumerate(batch)]
+            digits = [digit for each in read for digit in each]
+            rows, seen = classify_batch(digits, classifier, config.top_k, several)
             writer.write(rows)
             failed += report_errors(digits)
-            count += len(digits)
+            count += len(batch)
             drawn += [
-                (one.thumbnail, digit, f"{row['label']}  {row['probability']:.1%}  {row['unsure'] or ''}".rstrip())
+                (one.thumbnail, None if several else digit, caption(row))
                 for one, digit, row in zip(digits, seen, rows, strict=True)
                 if one.thumbnail is not None
             ]
@@ -102,20 +105,30 @@ def refuse_missing(images: list[str]) -> None:
         next(find_pictures(missing), None)
 
 
-def read_digit(source: PictureSource, read: Callable[[Any], list[NDArray[np.uint8]]], drawing: bool) -> DigitRead:
-    """Read a picture and bring it to what a network may see by `read`, or keep the error."""
+def read_digits(source: PictureSource, classifier: Classifier, config: Predict, drawing: bool) -> list[DigitRead]:
+    """Read a picture and bring its digit to what a network may see, or each of several; or keep the error."""
+    from mnist_cnn.pictures.digit_image import readings_for
+
     name = source.name.encode(errors="surrogateescape").decode(errors="backslashreplace")  # bytes that are no UTF-8
     try:
         picture = source.read()
-        return DigitRead(name, read(picture), "", thumbnail(picture) if drawing else None)
+        if config.digits == "one":
+            readings = readings_for(classifier.description.data.name, config.mode)(picture)
+            return [DigitRead(name, readings, "", thumbnail(picture) if drawing else None)]
+        digits = classifier.read(picture)
     except UserError as error:
-        return DigitRead(name, [], str(error))
+        return [DigitRead(name, [], str(error))]
+    number = "".join(digit.label for digit in digits)
+    read = [DigitRead(name, [one.image], "", None, number, " ".join(map(str, one.box))) for one in digits]
+    if drawing:
+        read[0] = read[0]._replace(thumbnail=digits_in_boxes(picture, digits, classifier.unsure_below))
+    return read
 
 
 def classify_batch(
-    digits: list[DigitRead], classifier: Classifier, top_k: int
+    digits: list[DigitRead], classifier: Classifier, top_k: int, several: bool
 ) -> tuple[list[Prediction], list[NDArray[np.uint8] | None]]:
-    """A row for each picture, in their order, and the digit that the network saw, uint8 (28, 28); of pictures that
+    """A row for each digit, in their order, and the digit that the network saw, uint8 (28, 28); of pictures that
     could not be read the error and None."""
     from mnist_cnn.inference.predictions import prediction
 
@@ -123,7 +136,10 @@ def classify_batch(
     found = iter(zip(images[:, 0], probabilities, strict=True))
     pairs = [next(found) if one.readings else (None, None) for one in digits]
     rows = [
-        prediction(one.name, row, classifier, top_k, one.error) for one, (_, row) in zip(digits, pairs, strict=True)
+        prediction(
+            one.name, row, classifier, top_k, one.error, {"number": one.number, "box": one.box} if several else {}
+        )
+        for one, (_, row) in zip(digits, pairs, strict=True)
     ]
     return rows, [digit for digit, _ in pairs]
 
@@ -139,17 +155,48 @@ def report_errors(digits: list[DigitRead]) -> int:
 def thumbnail(picture: Any) -> NDArray[np.uint8]:
     """A picture of any kind as it is seen, uint8 (112, 112, 3), on grey where it is not square."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    return np.asarray(ImageOps.pad(as_seen(picture), (112, 112), color=(200, 200, 200)))
+
+
+def digits_in_boxes(picture: Any, digits: list[Digit], unsure_below: float) -> NDArray[np.uint8]:
+    """A picture of any kind with each digit's box and label, `?` where it is unsure, on grey, uint8 (600, 800, 3)."""
+    import numpy as np
+    from PIL import ImageDraw, ImageOps
+
+    seen = as_seen(picture)
+    shown = ImageOps.contain(seen, (800, 600))
+    scale = shown.width / (seen.width * getattr(picture, "info", {}).get("reduced_by", 1))
+    draw = ImageDraw.Draw(shown)
+    for digit in digits:
+        left, top, right, bottom = (scale * edge for edge in digit.box)
+        draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=(220, 0, 0), width=2)
+        size = min(40, max(14, 0.4 * (bottom - top)))
+        place, anchor = ((left, top - 6), "ls") if top > size else ((left, bottom + 6), "lt")
+        text = digit.label + "?" * (digit.probability < unsure_below)
+        draw.text(place, text, fill=(220, 0, 0), font_size=size, anchor=anchor)
+    return np.asarray(ImageOps.pad(shown, (800, 600), color=(200, 200, 200)))
+
+
+def as_seen(picture: Any) -> Image:
+    """A picture of any kind, upright, in colours."""
+    import numpy as np
+    from PIL import Image
 
     from mnist_cnn.pictures.digit_image import visible_pixels
 
     colours = np.asarray(visible_pixels(picture)).clip(0, 255).astype(np.uint8)
-    image = Image.fromarray(np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours)
-    return np.asarray(ImageOps.pad(image, (112, 112), color=(200, 200, 200)))
+    return Image.fromarray(np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours)
+
+
+def caption(row: Prediction) -> str:
+    """What stands above a picture in the grid."""
+    return row.get("number") or f"{row['label']}  {row['probability']:.1%}  {row['unsure'] or ''}".rstrip()
 
 
 def draw_grid(drawn: list[tuple[Any, Any, str]], count: int, path: Path) -> None:
-    """Draw the first of `count` pictures, each beside the digit that the network saw, under its label."""
+    """Draw the first of `count` pictures, each beside the digit that the network saw, or with its boxes."""
     from mnist_cnn.inference import plots
 
     plots.prediction_grid(drawn, count - len(drawn), path)

@@ -305,6 +305,7 @@ class Predict(Strict):
     images: OneOrMany
     input: Literal["paths", "bytes"]
     mode: Literal["any", "exact"]
+    digits: Literal["one", "several"]
     output: Annotated[str | None, _ending("output", ".csv", ".json", ".jsonl", ".parquet")]
     tta: Tta
     top_k: int = Field(ge=0, le=10)
@@ -314,9 +315,11 @@ class Predict(Strict):
     accelerator: Accelerator
 
     @model_validator(mode="after")
-    def _bytes_of_one(self) -> Predict:
+    def _keys_that_agree(self) -> Predict:
         if self.input == "bytes" and self.images != ["-"]:
             raise ValueError("input=bytes reads one picture from standard input: give images=-")
+        if self.mode == "exact" and self.digits == "several":
+            raise ValueError("digits=several finds digits in pictures of any size: leave mode=any")
         return self
 
 

@@ -22,6 +22,7 @@ from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.models.device import find_device
 from mnist_cnn.pictures.digit_image import readings_for
 from mnist_cnn.pictures.image_files import read_picture
+from mnist_cnn.pictures.several import Box, best_reading, find_candidates
 
 Picture = str | Path | Image.Image | NDArray[np.generic] | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -34,6 +35,15 @@ class Member(NamedTuple):
     logits: Callable[[Tensor], Tensor]
     description: Description
     network: ConvNet | None  # None of an .onnx file
+
+
+class Digit(NamedTuple):
+    """A digit that was found in a picture, what the network saw of it, uint8 (28, 28), and its box in the picture."""
+
+    label: str
+    probability: float
+    image: NDArray[np.uint8]
+    box: Box
 
 
 class Classifier:
@@ -104,6 +114,17 @@ class Classifier:
         return [
             [(self.classes[index], float(row[index])) for index in row.argsort()[::-1][:k]]
             for row in self.probabilities(pictures)
+        ]
+
+    def read(self, picture: Picture) -> list[Digit]:
+        """The digits of a picture of several, or of one, left to right and line by line; errors as of `predict`."""
+        candidates = find_candidates(_opened(picture))
+        images, probabilities = self.surest([[one.image] for one in candidates if one.image is not None])
+        found = best_reading(candidates, probabilities)
+        boxes = [one.box for one in candidates if one.image is not None]
+        return [
+            Digit(self.classes[row.argmax()], float(row.max()), image, boxes[index])
+            for index, image, row in zip(found, images[found, 0], probabilities[found], strict=True)
         ]
 
     def feature_maps(self, picture: Picture) -> list[NDArray[np.float32]]:

@@ -154,17 +154,21 @@ def evaluation_plots(
 
 
 def prediction_grid(pictures: Sequence[tuple[Any, Any, str]], left_out: int, path: Path) -> None:
-    """Draw each picture uint8 (112, 112, 3) beside the digit uint8 (28, 28) that the network saw, under its text.
+    """Draw each picture uint8 (112, 112, 3) beside the digit uint8 (28, 28) that the network saw, under its text; where
+    that is None, pictures uint8 (600, 800, 3) alone.
 
     The title says how many pictures are `left_out`.
     """
-    pairs = [
-        np.concatenate([picture, np.repeat(np.kron(255 - digit, np.ones((4, 4), np.uint8))[..., None], 3, 2)], axis=1)
+    panels = [
+        picture
+        if digit is None
+        else np.hstack([picture, np.repeat(np.kron(255 - digit, np.ones((4, 4), np.uint8))[..., None], 3, 2)])
         for picture, digit, _ in pictures
     ]
     texts = [text for *_, text in pictures]
     more = f" ({left_out:,} more are not drawn)" if left_out else ""
-    image_grid(f"Pictures, and what the network saw of them{more}", pairs, texts, 4, path, inches=1.8)
+    columns, inches = (min(2, len(panels)), 7.0) if panels and pictures[0][1] is None else (4, 1.8)
+    image_grid(f"Pictures, and what the network saw of them{more}", panels, texts, columns, path, inches=inches)
 
 
 def probability_bars(picture: Any, digit: NDArray[np.uint8], probabilities: Any, classes: list[str]) -> Figure:

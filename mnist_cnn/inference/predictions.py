@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mnist_cnn.inference.classifier import Classifier
 
 log = logging.getLogger(__name__)
-Prediction = dict[str, Any]  # path, label, probability, unsure, one probability a class, top k, error
+Prediction = dict[str, Any]  # path, label, probability, unsure, one probability a class, top k, place, error
 
 
 @cache
@@ -32,26 +32,36 @@ def _columns(classes: tuple[str, ...], top_k: int) -> list[str]:
 
 
 def prediction(
-    path: str, probabilities: NDArray[np.float32] | None, classifier: Classifier, top_k: int, error: str
+    path: str,
+    probabilities: NDArray[np.float32] | None,
+    classifier: Classifier,
+    top_k: int,
+    error: str,
+    place: Mapping[str, str | None],
 ) -> Prediction:
-    """The row of one picture; `probabilities` (classes,) are None where it could not be read, and `error` says why."""
+    """The row of one digit; `probabilities` (classes,) are None where it could not be read, and `error` says why.
+
+    `place` has the number and the box of a digit of several.
+    """
     classes = classifier.classes
     columns = _columns(tuple(classes), top_k)
     if probabilities is None:
-        return {"path": path, **dict.fromkeys(columns), "error": error}
+        return {"path": path, **dict.fromkeys(columns), **place, "error": error}
     values = probabilities.tolist()
     best = values.index(max(values))
     unsure = "unsure" if values[best] < classifier.unsure_below else None
     row: list[Any] = [classes[best], values[best], unsure, *values]
     for index in sorted(range(len(values)), key=values.__getitem__, reverse=True)[:top_k] if top_k else ():
         row += [classes[index], values[index]]
-    return {"path": path, **dict(zip(columns, row, strict=True)), "error": None}
+    return {"path": path, **dict(zip(columns, row, strict=True)), **place, "error": None}
 
 
 class TerminalTable:
-    """Lines on the terminal; the longest path of the first batch sets the width of that column."""
+    """Lines on the terminal, above those of several digits the number that they are; the longest path of the first
+    batch sets the width of that column."""
 
     width = 0
+    path: str | None = None  # of the last row
 
     def write(self, rows: Sequence[Prediction]) -> None:
         if rows and not self.width:
@@ -61,6 +71,9 @@ class TerminalTable:
             header = "".join(f"{name:>7.6}" for name in names)
             log.info("%-*s  label  probability  %s  %s", self.width, "picture", header, ranked)
         for row in rows:
+            if row.get("number") and row["path"] != self.path:
+                log.info("%-*s  %s", self.width, row["path"], row["number"])
+            self.path = row["path"]
             log.info("%s", self._line(row))
 
     def _line(self, row: Prediction) -> str:
@@ -71,7 +84,8 @@ class TerminalTable:
         values = [value for key, value in row.items() if key.startswith("top ") and key.endswith("probability")]
         top = " ".join(f"{label:>10} {value:.4f}" for label, value in zip(labels, values, strict=True))
         answer = f"{row['label']:<5}  {row['probability']:.4f} {row['unsure'] or '':<6}"
-        return f"{row['path']:<{self.width}}  {answer}{each}  {top}".rstrip()
+        box = f"  at {row['box']}" if "box" in row else ""
+        return f"{row['path']:<{self.width}}  {answer}{each}  {top}".rstrip() + box
 
 
 class CsvFile:

@@ -57,7 +57,7 @@ def readings(picture: Image.Image | Pixels) -> list[NDArray[np.uint8]]:
             if in_mnist_form(form):
                 return [form]
     inks = find_ink(_flatten_channels(pixels))
-    forms = [_scale_and_centre(ink) for ink in inks]
+    forms = [scale_and_centre(ink) for ink in inks]
     if small:
         middle = pixels[MIDDLE, MIDDLE]
         dark, light = (middle <= DARK).mean(), (middle >= 255 - DARK).mean()
@@ -189,7 +189,7 @@ def _flatten_channels(pixels: Pixels) -> Pixels:
     return paper + (colours - paper) * alpha / 255
 
 
-def _scale_and_centre(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
+def scale_and_centre(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Ink 0–1 (h, w) of any size to MNIST's form, unless it is in that already."""
     form = np.rint(255 * ink).astype(np.uint8)
     if in_mnist_form(form):

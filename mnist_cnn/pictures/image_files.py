@@ -232,6 +232,7 @@ def _reduce(picture: Image.Image, factor: int) -> Image.Image:
     for top in range(0, picture.height, 64 * factor):
         strip = picture.crop((0, top, picture.width, min(top + 64 * factor, picture.height)))
         small.paste(strip.convert(mode).reduce(factor), (0, top // factor))
+    small.info["reduced_by"] = factor
     if "exif" in picture.info:
         small.info["exif"] = picture.info["exif"]  # which way is up
     return small

@@ -41,7 +41,7 @@ def find_ink(pixels: NDArray[Any]) -> list[Ink]:
     pixels = _crop_to_digit(pixels)
     while True:
         factor = -(-max(pixels.shape[:2]) // WORKING_SIZE)
-        small = _block_means(pixels, factor)
+        small = block_means(pixels, factor)
         ink, *others = _extract_ink(small)
         rows, columns = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
         if factor == 1 and max(len(rows), len(columns)) < MINIMUM_SIDE:
@@ -82,7 +82,7 @@ def _crop_to_digit(pixels: NDArray[Any]) -> NDArray[Any]:
     return pixels[tuple(slice(max(0, (part.start - 1) * factor), (part.stop + 1) * factor) for part in box)]
 
 
-def _block_means(pixels: NDArray[Any], factor: int) -> Ink:
+def block_means(pixels: NDArray[Any], factor: int) -> Ink:
     """A picture scaled down: the means of blocks of factor × factor pixels."""
     if factor == 1:
         return pixels.astype(np.float32)
@@ -93,36 +93,50 @@ def _block_means(pixels: NDArray[Any], factor: int) -> Ink:
     return (sums[:height, :width] / factor**2).astype(np.float32)
 
 
-def _extract_ink(pixels: Ink) -> list[Ink]:
-    """Pixels (H, W, channels) to ink 0–1 (H, W), zero wherever there is none of the digit.
+def ink_fractions(pixels: Ink) -> list[Ink]:
+    """Pixels (H, W, channels) to how full of ink each is, about 0–1 (H, W), by each of the papers that it may be on.
 
-    In uneven light the paper is taken first to be what ink is narrower than, so that shadows are paper, and then to
-    be a smooth surface, so that broad strokes are ink.
+    Raises:
+        UserError: the picture is blank.
     """
-    inks, refused = list[Ink](), UserError(BLANK)
+    inks = list[Ink]()
     for paper, flat in _paper_colours(pixels):
         difference = pixels - paper
         if not flat:  # ink in the shade has less contrast: give it back
             difference *= paper.mean() / np.maximum(paper, MINIMUM_LIGHT)
-        try:
-            ink, contrast = _project_on_ink_colour(difference)
-            if contrast < MINIMUM_CONTRAST:
-                raise UserError(BLANK)
-            ink = _of_strokes(ink if flat else _without_noise(ink))
-            if ink.any():
-                inks.append(ink)
-        except UserError as error:
-            refused = error
+        ink, contrast = _project_on_ink_colour(difference)
+        if contrast >= MINIMUM_CONTRAST:
+            inks.append(ink if flat else _without_noise(ink))
     if not inks:
-        raise refused
+        raise UserError(BLANK)
+    return inks
+
+
+def _extract_ink(pixels: Ink) -> list[Ink]:
+    """What `ink_fractions` finds, zero wherever there is none of the digit."""
+    inks, errors = list[Ink](), list[UserError]()
+    for ink in ink_fractions(pixels):
+        try:
+            inks.append(_of_strokes(ink))
+        except UserError as error:
+            errors.append(error)
+    if not inks:
+        raise errors[0]
     return inks
 
 
 def _of_strokes(ink: Ink) -> Ink:
-    """Ink near the digit's strokes, 0–1, and 0 elsewhere."""
+    """Ink near the digit's strokes, 0–1, and 0 elsewhere.
+
+    Raises:
+        UserError: there is none, or only noise.
+    """
     mask = _strokes(ink)
     near = mask if mask.all() else ndimage.binary_dilation(mask, iterations=2)
-    return np.where(near, ink, 0).clip(0, 1).astype(np.float32)
+    ink = np.where(near, ink, 0).clip(0, 1).astype(np.float32)
+    if not ink.any():
+        raise UserError(BLANK)
+    return ink
 
 
 def _border(pixels: Ink) -> Ink:
@@ -202,8 +216,6 @@ def _project_on_ink_colour(difference: Ink) -> tuple[Ink, float]:
     size = np.abs(flat).max(1)
     count = min(len(size), 4)  # not the very strongest pixel, which may be a fault of the camera
     strongest = np.partition(size, -count)[-count]
-    if strongest < MINIMUM_CONTRAST:
-        raise UserError(BLANK)
     strong = size >= 0.5 * strongest
     # Only pixels on one side of the paper: what is darker and what is brighter must not cancel out.
     first = flat[strong][np.argmax(size[strong])]
@@ -232,9 +244,9 @@ def _strokes(ink: Ink) -> NDArray[np.bool_]:
         UserError: nothing stands out, as in noise.
     """
     mask = ink > STROKE_LEVEL
-    if _coherence(mask) < MINIMUM_COHERENCE:
+    if coherence(mask) < MINIMUM_COHERENCE:
         mask = _without_specks(mask)
-        if not mask.any() or _coherence(mask) < MINIMUM_COHERENCE:
+        if not mask.any() or coherence(mask) < MINIMUM_COHERENCE:
             raise UserError(NOISE)
         faint = mask
     else:
@@ -310,7 +322,7 @@ def _find_frame(mask: NDArray[np.bool_]) -> list[tuple[int, int]] | None:
     return [(top + height // 10 + 1, bottom - height // 10), (left + width // 10 + 1, right - width // 10)]
 
 
-def _coherence(mask: NDArray[np.bool_]) -> float:
+def coherence(mask: NDArray[np.bool_]) -> float:
     """Correlation of a mask's pixels with their neighbours to the right and below, -1 to 1."""
     fraction = mask.mean()
     if fraction in (0, 1) or mask.size < 4:
