@@ -266,7 +266,7 @@ def test_refusals_import_no_torch(tmp_path):
         "try: module.main()\n"
         "finally: print('torch' in sys.modules)"
     )
-    for name in ("predict", "export", "import", "evaluate"):
+    for name in ("predict", "export", "draw", "import", "evaluate"):
         for words in (["--help"], ["+nothing=3"]):
             ended = subprocess.run(
                 [sys.executable, "-c", code.format(name), *words], capture_output=True, text=True, cwd=tmp_path

@@ -23,7 +23,7 @@ from mnist_cnn.runs.hydra_app import SCHEMAS, plain_job
 
 PACKAGE = REPOSITORY / "mnist_cnn"
 ROOMS = ["config", "runs", "pictures", "data", "models", "inference", "training", "search"]
-VERBS = ["train", "evaluate", "predict", "export", "import", "sweep"]
+VERBS = ["train", "evaluate", "predict", "export", "draw", "import", "sweep"]
 READMES = {
     str(path.relative_to(REPOSITORY)): path.read_text()
     for path in (REPOSITORY / folder / "README.md" for folder in ("", "conf", "mnist_cnn", "scripts"))

@@ -375,13 +375,13 @@ def test_an_interrupt_while_torch_is_imported_leaves_nothing(run, tmp_path, monk
 # --- Hydra's own powers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "export", "sweep"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "export", "draw", "sweep"])
 def test_help_is_ours_and_imports_no_torch(verb, tmp_path):
     code = f"import sys, mnist_cnn.{verb} as c\ntry: c.main()\nfinally: assert 'torch' not in sys.modules, 'torch'"
     ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert f"mnist-{verb}" in ended.stdout
-    assert verb == "export" or "accelerator: auto, cpu, cuda" in ended.stdout
+    assert verb in ("export", "draw") or "accelerator: auto, cpu, cuda" in ended.stdout
     groups, keys = re.fullmatch(r".*?(Groups .*?)?\n(Keys .*?)\n\n.*", ended.stdout, flags=re.DOTALL).groups()
     assert verb in ("train", "sweep") or "optimizer" not in (groups or "")
     for line in keys.splitlines()[1:]:  # each key with its value, and what it is
