@@ -87,7 +87,7 @@ def test_a_figure_that_was_typed_and_a_missing_section_are_found(capsys, monkeyp
 
 def test_everything_recorded_is_in_one_folder():
     found = {path.name for path in (SCRIPTS / "results").iterdir()}
-    pictures = {"pictures.png", "study.png", "records_curves.png", "records_missed.png"}
+    pictures = {"draw.png", "pictures.png", "study.png", "records_curves.png", "records_missed.png"}
     assert found == {"benchmark.json", "chaos.json", "recipes.json", "records.json", "sweep.json"} | pictures
     for folder in (SCRIPTS, REPOSITORY / "tests"):
         assert not [*folder.glob("*.json"), *folder.glob("*.png")]

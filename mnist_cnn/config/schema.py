@@ -27,7 +27,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     lower = word.lower().replace("-", "_")
     parts = [each for each in by_lower if each.rpartition(".")[2] == lower]  # of a key, its last word
     begun = [each for each in by_lower if len(lower) > 2 and each.startswith(lower)]
-    close = parts or begun or difflib.get_close_matches(lower, by_lower, n=1)
+    close = parts or begun or difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.55)
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 

@@ -192,11 +192,13 @@ function say(answer, confidence, sure = false) {
 function show(probabilities) {
   const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]);
   const [first, second] = order.map((i) => `${network.classes[i]} (${percent(probabilities[i])})`);
-  const sure = probabilities[order[0]] >= UNSURE_BELOW;
-  if (sure) say(network.classes[order[0]], percent(probabilities[order[0]]), true);
+  const probability = probabilities[order[0]];
+  const likely = probability >= Math.min(0.5, UNSURE_BELOW);
+  if (probability >= UNSURE_BELOW) say(network.classes[order[0]], percent(probability), true);
+  else if (likely) say(network.classes[order[0]], `${percent(probability)}, unsure: perhaps ${second}`);
   else say("Not sure", `perhaps ${first} or ${second}`);
   bars.forEach((row, i) => {
-    row.classList.toggle("best", sure && i === order[0]);
+    row.classList.toggle("best", likely && i === order[0]);
     row.querySelector(".bar").style.transform = `scaleX(${probabilities[i]})`;
     row.children[2].textContent = percent(probabilities[i]);
   });
