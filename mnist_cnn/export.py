@@ -47,11 +47,12 @@ def export(config: Export) -> Path:
         UserError: the checkpoint cannot be read, a package is missing, or the probabilities differ.
     """
     from mnist_cnn.inference.classifier import load_classifier
-    from mnist_cnn.inference.page import write_page
     from mnist_cnn.models.checkpoint import rebuild, trust
 
     output = writable(config.output)
     if config.format == "html":
+        from mnist_cnn.inference.page import write_page
+
         write_page(config.checkpoint, output)
         return output
     trust(config.modules)

@@ -4,6 +4,7 @@ import fcntl
 import gc
 import importlib
 import json
+import logging
 import os
 import pickle
 import pty
@@ -109,6 +110,10 @@ def typed(patch: pytest.MonkeyPatch, name: str, *words: str) -> int:
             module.main()
     finally:
         torch.set_num_threads(threads)
+        for handler in logging.getLogger().handlers[:]:
+            if isinstance(handler, logging.FileHandler):  # a log ends with its command, whose folder may be gone
+                logging.getLogger().removeHandler(handler)
+                handler.close()
     return ended.value.code
 
 

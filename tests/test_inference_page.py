@@ -351,12 +351,12 @@ def test_mnist_export_writes_the_page(run, trained, tmp_path):
 
 
 def test_a_layer_of_ones_own_is_refused(run, tmp_path, monkeypatch):
-    (tmp_path / "my_layers.py").write_text(
+    (tmp_path / "page_layers.py").write_text(
         "import torch\n\n\nclass Square(torch.nn.Module):\n    forward = torch.square\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    network = random_network({"blocks": [], "dense": [4], "activation": {"_target_": "my_layers.Square"}})
+    network = random_network({"blocks": [], "dense": [4], "activation": {"_target_": "page_layers.Square"}})
     save_weights(tmp_path / "x.ckpt", described(network), network)
-    for words in (["mnist-draw"], ["mnist-export", "output=x.html", "modules=[my_layers]"]):
-        said(run(*words, "checkpoint=x.ckpt"), "layers of your own (my_layers)", "which no page can compute")
+    for words in (["mnist-draw"], ["mnist-export", "output=x.html", "modules=[page_layers]"]):
+        said(run(*words, "checkpoint=x.ckpt"), "layers of your own (page_layers)", "which no page can compute")
     assert not (tmp_path / "x.html").exists()

@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.data.datasets import load
-from mnist_cnn.models.checkpoint import Description, read_checkpoint, rebuild
+from mnist_cnn.models.checkpoint import Description, network_of, read_checkpoint
 from mnist_cnn.models.convnet import ACTIVATION_CLASSES, ConvNet, Dropout, Residual
 from mnist_cnn.pictures.digit_image import IN_MNIST_FORM
 from mnist_cnn.runs.folder import write_whole
@@ -38,12 +38,13 @@ def write_page(checkpoint: str, output: Path) -> None:
     Raises:
         UserError: the checkpoint cannot be read, or its network has layers of the user's own.
     """
-    if own := read_checkpoint(checkpoint)[1].architecture.own_modules():
+    content, description = read_checkpoint(checkpoint)
+    if own := description.architecture.own_modules():
         raise UserError(
             f"checkpoint={checkpoint} has layers of your own ({', '.join(sorted(own))}), which no page can compute: "
             "give a network of this package's layers"
         )
-    network, description = rebuild(checkpoint)
+    network = network_of(checkpoint, description, content["state_dict"])
     digits = torch.cat([part.images for part in load("digits", "")[:2]])
 
     @torch.inference_mode()
