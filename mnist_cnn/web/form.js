@@ -66,25 +66,31 @@ function digitInk(pixels) {
   const inked = pixels.filter((value) => value >= MINIMUM_CONTRAST).sort();
   if (inked.length < 4) return null;
   const full = quantile(inked.filter((value) => value >= inked.at(-4) / 2), 0.9);
-  const ink = pixels.map((value) => value / full);
-  const mask = ink.map((value) => (value > STROKE_LEVEL ? 1 : 0));
-  const faint = ink.map((value) => (value > FAINT_LEVEL ? 1 : 0));
+  const mask = new Uint8Array(pixels.length), faint = new Uint8Array(pixels.length);
+  for (let i = 0; i < pixels.length; i++) {
+    if (pixels[i] / full > STROKE_LEVEL) mask[i] = 1;
+    if (pixels[i] / full > FAINT_LEVEL) faint[i] = 1;
+  }
   const { labels, sizes } = parts(dilate(faint, REACH), mask);
   const least = SMALL_PART * Math.max(...sizes);
   const kept = sizes.map((size) => (size > 0 && size >= least ? 1 : 0));
   if (kept.filter(Boolean).length > MAXIMUM_PARTS) return null;
-  const near = dilate(faint.map((value, i) => value * kept[labels[i]]), 2);
-  return ink.map((value, i) => (near[i] ? Math.min(value, 1) : 0));
+  for (let i = 0; i < faint.length; i++) faint[i] *= kept[labels[i]];
+  const near = dilate(faint, 2);
+  const ink = new Float64Array(pixels.length);
+  for (let i = 0; i < ink.length; i++) if (near[i]) ink[i] = Math.min(pixels[i] / full, 1);
+  return ink;
 }
 
 /** The greatest ink of each row and of each column. */
 function profiles(ink) {
   const rows = new Float64Array(SIZE), columns = new Float64Array(SIZE);
-  ink.forEach((value, i) => {
-    const row = Math.floor(i / SIZE), column = i % SIZE;
-    rows[row] = Math.max(rows[row], value);
-    columns[column] = Math.max(columns[column], value);
-  });
+  for (let row = 0, i = 0; row < SIZE; row++) {
+    for (let column = 0; column < SIZE; column++, i++) {
+      if (ink[i] > rows[row]) rows[row] = ink[i];
+      if (ink[i] > columns[column]) columns[column] = ink[i];
+    }
+  }
   return [rows, columns];
 }
 
@@ -102,12 +108,13 @@ function edges(profile) {
 
 /** Ink with thin strokes made about as wide as MNIST's pen; scaled down by `scale` they would fade. */
 function thicken(ink, scale) {
-  const mask = ink.map((value) => (value > 0.5 ? 1 : 0));
   let area = 0, outline = 0;
-  mask.forEach((value, i) => {
-    area += value;
-    outline += (value !== (mask[i + 1] ?? 0)) + (value !== (mask[i + SIZE] ?? 0));
-  });
+  for (let i = 0; i < ink.length - SIZE; i++) {
+    const inside = ink[i] > 0.5;
+    if (inside) area++;
+    if (inside !== ink[i + 1] > 0.5) outline++;
+    if (inside !== ink[i + SIZE] > 0.5) outline++;
+  }
   const missing = (MINIMUM_STROKE / scale - (2.5 * area) / (outline + 1)) / 2;
   if (scale > 0.5 || missing < 0.5) return ink;
   const reach = Math.round(missing + (BOLD_STROKE - MINIMUM_STROKE) / scale / 2);
@@ -161,8 +168,9 @@ function resample(ink, width, start, end, count, { support, weight }) {
 function mnistForm(drawing) {
   let ink = digitInk(drawing);
   if (!ink) return null;
-  if (Math.max(...profiles(ink).map((profile) => profile.filter((value) => value > 0).length)) < MINIMUM_SIDE) return null;
-  const [[top, bottom], [left, right]] = profiles(ink).map(edges);
+  const sides = profiles(ink);
+  if (Math.max(...sides.map((profile) => profile.filter((value) => value > 0).length)) < MINIMUM_SIDE) return null;
+  const [[top, bottom], [left, right]] = sides.map(edges);
   const scale = DIGIT_SIZE / Math.max(bottom - top, right - left);
   const height = Math.max(1, Math.round((bottom - top) * scale));
   const width = Math.max(1, Math.round((right - left) * scale));

@@ -269,7 +269,7 @@ function kernel(number, index) {
     );
     return { count: length / area, side: step.kernel, values };
   }
-  const length = step.weight.length / step.units;
+  const length = step.weight.length / step.filters;
   const row = step.weight.subarray(index * length, (index + 1) * length);
   if (network.parts[number].steps[0].kind !== "flatten") return { count: length, side: 1, values: row };
   const count = number ? atlases[number - 1].tensor.channels : 1;
