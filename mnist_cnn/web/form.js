@@ -194,7 +194,7 @@ function mnistForm(drawing) {
   return digit;
 }
 
-/** A picture's pixels (count of R, G, B, A) to how much each differs from the paper, 0–255: the ink of `digitInk`. */
+/** A picture's pixels (count of R, G, B, A) to ink 0–255: how much each differs from the paper; the strongest is 255. */
 function pictureInk(pixels, width) {
   const count = pixels.length / 4;
   const height = count / width;
@@ -211,10 +211,11 @@ function pictureInk(pixels, width) {
     const found = difference(i);
     if (Math.hypot(...found) > Math.hypot(...first)) first = found;
   }
-  const length = Math.hypot(...first) || 1;
+  if (Math.max(...first.map(Math.abs)) < MINIMUM_CONTRAST) return new Float64Array(count);
+  const square = first.reduce((sum, value) => sum + value * value, 0);
   // Along the ink's own colour; what differs to the other side, as light on dark ink, is none.
   return Float64Array.from({ length: count }, (_, i) => {
-    const along = difference(i).reduce((sum, value, c) => sum + value * first[c], 0) / length;
-    return Math.min(Math.max(along, 0), 255);
+    const along = difference(i).reduce((sum, value, c) => sum + value * first[c], 0) / square;
+    return 255 * Math.min(Math.max(along, 0), 1);
   });
 }

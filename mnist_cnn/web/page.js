@@ -174,7 +174,8 @@ const bars = network.classes.map((name) => {
 });
 element("bars").append(...bars);
 element("bars").classList.toggle("many", bars.length > 12);
-element("bars").classList.toggle("words", network.classes.some((name) => name.length > 3));
+const longest = Math.max(...network.classes.map((name) => name.length));
+element("bars").style.setProperty("--name", `max(1.5rem, ${0.7 * Math.min(longest, 10)}rem)`);
 element("title").textContent = document.title = INVITATION;
 
 let speaking = 0;
@@ -396,6 +397,7 @@ class Atlas {
 
 // --- all of it ------------------------------------------------------------------------------------------------------
 
+element("layers").hidden = !network.parts.length;
 const atlases = forward(network, new Uint8Array(784)).maps.map((tensor, number) => new Atlas(number, tensor));
 
 /** Look at the drawing, at most once a frame. */
