@@ -13,6 +13,7 @@ const FAINT_LEVEL = 0.2; // above it a pixel beside a stroke belongs to it
 const REACH = 3; // pixels: parts of one stroke are nearer
 const SMALL_PART = 0.08; // of the largest part: smaller parts are specks
 const MAXIMUM_PARTS = 6;
+const MINIMUM_OUTLINE = 0.85; // of a box's outline: a frame fills more
 const EDGE_LEVEL = 0.3; // of a profile's height: where the digit begins
 const MINIMUM_STROKE = 1.5; // in pixels of 28×28: thinner strokes are made bolder
 const BOLD_STROKE = 2; // how wide they become
@@ -150,24 +151,60 @@ function resample(ink, width, start, end, count, { support, weight }) {
   const scaled = new Float64Array(count * height);
   for (let place = 0; place < count; place++) {
     const centre = start + (place + 0.5) * scale;
-    const from = Math.max(0, Math.trunc(centre - support * blur + 0.5));
-    const to = Math.min(width, Math.trunc(centre + support * blur + 0.5));
+    // The filter finds two pixels of paper beyond the edge, as in digit_image.py.
+    const from = Math.max(-2, Math.floor(centre - support * blur + 0.5));
+    const to = Math.min(width + 2, Math.floor(centre + support * blur + 0.5));
     const weights = [];
     for (let x = from; x < to; x++) weights.push(weight((x - centre + 0.5) / blur));
     const total = weights.reduce((sum, each) => sum + each, 0);
     for (let row = 0; row < height; row++) {
       let sum = 0;
-      for (let x = from; x < to; x++) sum += (weights[x - from] / total) * ink[row * width + x];
+      for (let x = Math.max(from, 0); x < Math.min(to, width); x++) sum += (weights[x - from] / total) * ink[row * width + x];
       scaled[place * height + row] = sum; // turned, so that the next call scales the other side
     }
   }
   return scaled;
 }
 
+/** What of a drawing lies within a frame, if that is what has been drawn: it fills the outline of a box; else null. */
+function withinFrame(drawing, ink) {
+  const filled = (at, step, count) => {
+    let sum = 0;
+    for (const end = at + count * step; at < end; at += step) if (ink[at] > STROKE_LEVEL) sum++;
+    return sum;
+  };
+  // First and last row and column with ink, and then those that ink fills for the most part.
+  const [rows, columns] = profiles(ink).map((profile) => {
+    const inside = (value) => value > STROKE_LEVEL;
+    return [profile.findIndex(inside), profile.findLastIndex(inside)];
+  });
+  const count = ([first, last]) => last + 1 - first;
+  const box = (lines, across, step, stepAcross) => {
+    const full = (_, i) => filled(i * step + across[0] * stepAcross, stepAcross, count(across)) > count(across) / 2;
+    const found = [...Array(SIZE).keys()].filter((i) => i >= lines[0] && i <= lines[1] && full(0, i));
+    return [found[0] ?? 0, found.at(-1) ?? 0];
+  };
+  const [vertical, horizontal] = [box(rows, columns, SIZE, 1), box(columns, rows, 1, SIZE)];
+  const [height, width] = [vertical, horizontal].map(count);
+  if (Math.min(height, width) <= Math.max(12, 0.45 * Math.max(height, width))) return null;
+  if (height * width < (count(rows) * count(columns)) / 2) return null;
+  let outline = 0;
+  for (const row of vertical) outline += filled(row * SIZE + horizontal[0], 1, width);
+  for (const column of horizontal) outline += filled(vertical[0] * SIZE + column, SIZE, height);
+  if (outline < MINIMUM_OUTLINE * 2 * (height + width)) return null;
+  const inside = (at, [first, last], size) => at > first + Math.floor(size / 10) && at < last - Math.floor(size / 10);
+  return drawing.map((value, i) =>
+    inside(Math.floor(i / SIZE), vertical, height) && inside(i % SIZE, horizontal, width) ? value : 0,
+  );
+}
+
 /** A drawing, SIZE × SIZE numbers 0–255, to MNIST's form: 784 pixels 0–255; null where there is no digit. */
 function mnistForm(drawing) {
   let ink = digitInk(drawing);
   if (!ink) return null;
+  const framed = withinFrame(drawing, ink);
+  const within = framed && mnistForm(framed);
+  if (within) return within;
   const sides = profiles(ink);
   if (Math.max(...sides.map((profile) => profile.filter((value) => value > 0).length)) < MINIMUM_SIDE) return null;
   const [[top, bottom], [left, right]] = sides.map(edges);

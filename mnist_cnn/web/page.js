@@ -125,6 +125,7 @@ document.addEventListener("keydown", (event) => {
 
 async function open(file) {
   if (!file) return;
+  say("Reading the picture", "");
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
@@ -431,7 +432,8 @@ function look() {
     show(probabilities);
     atlases.forEach((atlas, i) => atlas.draw(maps[i]));
   } else {
-    showNothing(marks.length ? "Draw on: there is too little yet, or too much" : INVITATION);
+    const drawn = "Draw on: there is too little yet, or too much";
+    showNothing(!marks.length ? INVITATION : marks.at(-1).canvas ? "There is no digit in this picture" : drawn);
     atlases.forEach((atlas) => atlas.draw(null));
   }
 }
