@@ -168,7 +168,8 @@ def _steps(module: nn.Module, arrays: list[Tensor]) -> Iterator[dict[str, Any]]:
             name = "max" if isinstance(module, nn.MaxPool2d) else "avg"
             yield {"kind": "pool", "name": name, "size": module.kernel_size}
         case nn.Linear():
-            yield {"kind": "dense", "units": module.out_features, **kept(weight=module.weight, bias=module.bias)}
+            size = {"kernel": 1, "stride": 1, "filters": module.out_features}  # over an input of one pixel
+            yield {"kind": "dense", **size, **kept(weight=module.weight, bias=module.bias)}
         case Dropout() | nn.Identity():
             pass
         case _:

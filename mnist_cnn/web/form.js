@@ -13,6 +13,7 @@ const FAINT_LEVEL = 0.2; // above it a pixel beside a stroke belongs to it
 const REACH = 3; // pixels: parts of one stroke are nearer
 const SMALL_PART = 0.08; // of the largest part: smaller parts are specks
 const MAXIMUM_PARTS = 6;
+const MINIMUM_OUTLINE = 0.85; // of a box's outline: a frame fills more
 const EDGE_LEVEL = 0.3; // of a profile's height: where the digit begins
 const MINIMUM_STROKE = 1.5; // in pixels of 28×28: thinner strokes are made bolder
 const BOLD_STROKE = 2; // how wide they become
@@ -66,25 +67,31 @@ function digitInk(pixels) {
   const inked = pixels.filter((value) => value >= MINIMUM_CONTRAST).sort();
   if (inked.length < 4) return null;
   const full = quantile(inked.filter((value) => value >= inked.at(-4) / 2), 0.9);
-  const ink = pixels.map((value) => value / full);
-  const mask = ink.map((value) => (value > STROKE_LEVEL ? 1 : 0));
-  const faint = ink.map((value) => (value > FAINT_LEVEL ? 1 : 0));
+  const mask = new Uint8Array(pixels.length), faint = new Uint8Array(pixels.length);
+  for (let i = 0; i < pixels.length; i++) {
+    if (pixels[i] / full > STROKE_LEVEL) mask[i] = 1;
+    if (pixels[i] / full > FAINT_LEVEL) faint[i] = 1;
+  }
   const { labels, sizes } = parts(dilate(faint, REACH), mask);
   const least = SMALL_PART * Math.max(...sizes);
   const kept = sizes.map((size) => (size > 0 && size >= least ? 1 : 0));
   if (kept.filter(Boolean).length > MAXIMUM_PARTS) return null;
-  const near = dilate(faint.map((value, i) => value * kept[labels[i]]), 2);
-  return ink.map((value, i) => (near[i] ? Math.min(value, 1) : 0));
+  for (let i = 0; i < faint.length; i++) faint[i] *= kept[labels[i]];
+  const near = dilate(faint, 2);
+  const ink = new Float64Array(pixels.length);
+  for (let i = 0; i < ink.length; i++) if (near[i]) ink[i] = Math.min(pixels[i] / full, 1);
+  return ink;
 }
 
 /** The greatest ink of each row and of each column. */
 function profiles(ink) {
   const rows = new Float64Array(SIZE), columns = new Float64Array(SIZE);
-  ink.forEach((value, i) => {
-    const row = Math.floor(i / SIZE), column = i % SIZE;
-    rows[row] = Math.max(rows[row], value);
-    columns[column] = Math.max(columns[column], value);
-  });
+  for (let row = 0, i = 0; row < SIZE; row++) {
+    for (let column = 0; column < SIZE; column++, i++) {
+      if (ink[i] > rows[row]) rows[row] = ink[i];
+      if (ink[i] > columns[column]) columns[column] = ink[i];
+    }
+  }
   return [rows, columns];
 }
 
@@ -102,12 +109,13 @@ function edges(profile) {
 
 /** Ink with thin strokes made about as wide as MNIST's pen; scaled down by `scale` they would fade. */
 function thicken(ink, scale) {
-  const mask = ink.map((value) => (value > 0.5 ? 1 : 0));
   let area = 0, outline = 0;
-  mask.forEach((value, i) => {
-    area += value;
-    outline += (value !== (mask[i + 1] ?? 0)) + (value !== (mask[i + SIZE] ?? 0));
-  });
+  for (let i = 0; i < ink.length - SIZE; i++) {
+    const inside = ink[i] > 0.5;
+    if (inside) area++;
+    if (inside !== ink[i + 1] > 0.5) outline++;
+    if (inside !== ink[i + SIZE] > 0.5) outline++;
+  }
   const missing = (MINIMUM_STROKE / scale - (2.5 * area) / (outline + 1)) / 2;
   if (scale > 0.5 || missing < 0.5) return ink;
   const reach = Math.round(missing + (BOLD_STROKE - MINIMUM_STROKE) / scale / 2);
@@ -143,26 +151,63 @@ function resample(ink, width, start, end, count, { support, weight }) {
   const scaled = new Float64Array(count * height);
   for (let place = 0; place < count; place++) {
     const centre = start + (place + 0.5) * scale;
-    const from = Math.max(0, Math.trunc(centre - support * blur + 0.5));
-    const to = Math.min(width, Math.trunc(centre + support * blur + 0.5));
+    // The filter finds two pixels of paper beyond the edge, as in digit_image.py.
+    const from = Math.max(-2, Math.floor(centre - support * blur + 0.5));
+    const to = Math.min(width + 2, Math.floor(centre + support * blur + 0.5));
     const weights = [];
     for (let x = from; x < to; x++) weights.push(weight((x - centre + 0.5) / blur));
     const total = weights.reduce((sum, each) => sum + each, 0);
     for (let row = 0; row < height; row++) {
       let sum = 0;
-      for (let x = from; x < to; x++) sum += (weights[x - from] / total) * ink[row * width + x];
+      for (let x = Math.max(from, 0); x < Math.min(to, width); x++) sum += (weights[x - from] / total) * ink[row * width + x];
       scaled[place * height + row] = sum; // turned, so that the next call scales the other side
     }
   }
   return scaled;
 }
 
+/** What of a drawing lies within a frame, if that is what has been drawn: it fills the outline of a box; else null. */
+function withinFrame(drawing, ink) {
+  const filled = (at, step, count) => {
+    let sum = 0;
+    for (const end = at + count * step; at < end; at += step) if (ink[at] > STROKE_LEVEL) sum++;
+    return sum;
+  };
+  // First and last row and column with ink, and then those that ink fills for the most part.
+  const [rows, columns] = profiles(ink).map((profile) => {
+    const inside = (value) => value > STROKE_LEVEL;
+    return [profile.findIndex(inside), profile.findLastIndex(inside)];
+  });
+  const count = ([first, last]) => last + 1 - first;
+  const box = (lines, across, step, stepAcross) => {
+    const full = (_, i) => filled(i * step + across[0] * stepAcross, stepAcross, count(across)) > count(across) / 2;
+    const found = [...Array(SIZE).keys()].filter((i) => i >= lines[0] && i <= lines[1] && full(0, i));
+    return [found[0] ?? 0, found.at(-1) ?? 0];
+  };
+  const [vertical, horizontal] = [box(rows, columns, SIZE, 1), box(columns, rows, 1, SIZE)];
+  const [height, width] = [vertical, horizontal].map(count);
+  if (Math.min(height, width) <= Math.max(12, 0.45 * Math.max(height, width))) return null;
+  if (height * width < (count(rows) * count(columns)) / 2) return null;
+  let outline = 0;
+  for (const row of vertical) outline += filled(row * SIZE + horizontal[0], 1, width);
+  for (const column of horizontal) outline += filled(vertical[0] * SIZE + column, SIZE, height);
+  if (outline < MINIMUM_OUTLINE * 2 * (height + width)) return null;
+  const inside = (at, [first, last], size) => at > first + Math.floor(size / 10) && at < last - Math.floor(size / 10);
+  return drawing.map((value, i) =>
+    inside(Math.floor(i / SIZE), vertical, height) && inside(i % SIZE, horizontal, width) ? value : 0,
+  );
+}
+
 /** A drawing, SIZE × SIZE numbers 0–255, to MNIST's form: 784 pixels 0–255; null where there is no digit. */
 function mnistForm(drawing) {
   let ink = digitInk(drawing);
   if (!ink) return null;
-  if (Math.max(...profiles(ink).map((profile) => profile.filter((value) => value > 0).length)) < MINIMUM_SIDE) return null;
-  const [[top, bottom], [left, right]] = profiles(ink).map(edges);
+  const framed = withinFrame(drawing, ink);
+  const within = framed && mnistForm(framed);
+  if (within) return within;
+  const sides = profiles(ink);
+  if (Math.max(...sides.map((profile) => profile.filter((value) => value > 0).length)) < MINIMUM_SIDE) return null;
+  const [[top, bottom], [left, right]] = sides.map(edges);
   const scale = DIGIT_SIZE / Math.max(bottom - top, right - left);
   const height = Math.max(1, Math.round((bottom - top) * scale));
   const width = Math.max(1, Math.round((right - left) * scale));
@@ -186,7 +231,7 @@ function mnistForm(drawing) {
   return digit;
 }
 
-/** A picture's pixels (count of R, G, B, A) to how much each differs from the paper, 0–255: the ink of `digitInk`. */
+/** A picture's pixels (count of R, G, B, A) to ink 0–255: how much each differs from the paper; the strongest is 255. */
 function pictureInk(pixels, width) {
   const count = pixels.length / 4;
   const height = count / width;
@@ -203,10 +248,11 @@ function pictureInk(pixels, width) {
     const found = difference(i);
     if (Math.hypot(...found) > Math.hypot(...first)) first = found;
   }
-  const length = Math.hypot(...first) || 1;
+  if (Math.max(...first.map(Math.abs)) < MINIMUM_CONTRAST) return new Float64Array(count);
+  const square = first.reduce((sum, value) => sum + value * value, 0);
   // Along the ink's own colour; what differs to the other side, as light on dark ink, is none.
   return Float64Array.from({ length: count }, (_, i) => {
-    const along = difference(i).reduce((sum, value, c) => sum + value * first[c], 0) / length;
-    return Math.min(Math.max(along, 0), 255);
+    const along = difference(i).reduce((sum, value, c) => sum + value * first[c], 0) / square;
+    return 255 * Math.min(Math.max(along, 0), 1);
   });
 }

@@ -28,33 +28,48 @@ function attach(steps, weights, offset = 0) {
   return offset;
 }
 
-/** rows · columns + bias: rows (count, length) and columns (places, length), the result (count, places). */
-function multiply(rows, columns, bias, count, places, length) {
-  const result = new Float64Array(count * places);
-  const sums = new Float64Array(8);
-  for (let row = 0; row < count; row += 4) {
-    // Four rows and two columns at once, as each number that is read then serves several times; the last ones repeat.
-    const r0 = row * length;
-    const r1 = Math.min(row + 1, count - 1) * length;
-    const r2 = Math.min(row + 2, count - 1) * length;
-    const r3 = Math.min(row + 3, count - 1) * length;
-    for (let place = 0; place < places; place += 2) {
-      const c0 = place * length;
-      const c1 = Math.min(place + 1, places - 1) * length;
+/** Weights (filters, length) to (length, filters), with filters of zeros up to a multiple of 8. */
+function turn(weight, filters) {
+  const wide = 8 * Math.ceil(filters / 8);
+  const length = weight.length / filters;
+  const turned = new Float64Array(length * wide);
+  for (let i = 0; i < weight.length; i++) turned[(i % length) * wide + Math.floor(i / length)] = weight[i];
+  return { turned, wide, length };
+}
+
+/** A convolution whose filters see all channels, of an input that is padded already; its weights are turned once. */
+function convolve(x, step, height, width) {
+  const { filters, kernel, stride, bias } = step;
+  const { turned, wide, length } = (step.turned ??= turn(step.weight, filters));
+  const result = tensor(filters, height, width);
+  const values = new Float64Array(length);
+  const rows = new Int32Array(length); // where the weights of each value begin
+  const sums = new Float64Array(wide);
+  for (let place = 0; place < height * width; place++) {
+    // What the filters see here, without the zeros: after relu they are many.
+    let count = 0, weights = 0;
+    for (let line = 0; line < x.channels * kernel; line++) {
+      const row = Math.floor(line / kernel) * x.height + Math.floor(place / width) * stride + (line % kernel);
+      let at = row * x.width + (place % width) * stride;
+      for (const end = at + kernel; at < end; at++, weights += wide) {
+        if (x.data[at] === 0) continue;
+        values[count] = x.data[at];
+        rows[count++] = weights;
+      }
+    }
+    // Eight filters at once: each value that is read serves all of them, and their sums stay in registers.
+    for (let filter = 0; filter < wide; filter += 8) {
       let s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
-      for (let i = 0; i < length; i++) {
-        const x0 = columns[c0 + i], x1 = columns[c1 + i];
-        const w0 = rows[r0 + i], w1 = rows[r1 + i], w2 = rows[r2 + i], w3 = rows[r3 + i];
-        s0 += w0 * x0; s1 += w0 * x1; s2 += w1 * x0; s3 += w1 * x1;
-        s4 += w2 * x0; s5 += w2 * x1; s6 += w3 * x0; s7 += w3 * x1;
+      for (let i = 0; i < count; i++) {
+        const value = values[i], w = rows[i] + filter;
+        s0 += value * turned[w]; s1 += value * turned[w + 1]; s2 += value * turned[w + 2]; s3 += value * turned[w + 3];
+        s4 += value * turned[w + 4]; s5 += value * turned[w + 5]; s6 += value * turned[w + 6]; s7 += value * turned[w + 7];
       }
-      sums[0] = s0; sums[1] = s1; sums[2] = s2; sums[3] = s3;
-      sums[4] = s4; sums[5] = s5; sums[6] = s6; sums[7] = s7;
-      for (let r = 0; r < 4 && row + r < count; r++) {
-        for (let c = 0; c < 2 && place + c < places; c++) {
-          result[(row + r) * places + place + c] = sums[2 * r + c] + (bias ? bias[row + r] : 0);
-        }
-      }
+      sums[filter] = s0; sums[filter + 1] = s1; sums[filter + 2] = s2; sums[filter + 3] = s3;
+      sums[filter + 4] = s4; sums[filter + 5] = s5; sums[filter + 6] = s6; sums[filter + 7] = s7;
+    }
+    for (let filter = 0; filter < filters; filter++) {
+      result.data[filter * height * width + place] = sums[filter] + (bias ? bias[filter] : 0);
     }
   }
   return result;
@@ -70,23 +85,6 @@ function pad(x, padding) {
     padded.data.set(x.data.subarray(line * x.width, (line + 1) * x.width), row * padded.width + padding);
   }
   return padded;
-}
-
-/** What a filter sees at each place: (height · width, channels · kernel²). */
-function patches(x, kernel, stride, height, width) {
-  const found = new Float64Array(height * width * x.channels * kernel * kernel);
-  let at = 0;
-  for (let row = 0; row < height; row++) {
-    for (let column = 0; column < width; column++) {
-      for (let channel = 0; channel < x.channels; channel++) {
-        for (let y = 0; y < kernel; y++) {
-          let from = (channel * x.height + row * stride + y) * x.width + column * stride;
-          for (let end = at + kernel; at < end; ) found[at++] = x.data[from++];
-        }
-      }
-    }
-  }
-  return found;
 }
 
 /** erf by Abramowitz and Stegun, 7.1.26: right to 1.5e-7. */
@@ -106,15 +104,12 @@ const ACTIVATIONS = {
 };
 
 const STEPS = {
-  convolution(x, { filters, kernel, stride, padding, depthwise, weight, bias }) {
+  convolution(x, step) {
+    const { filters, kernel, stride, padding, depthwise, weight } = step;
     const padded = pad(x, padding);
     const height = Math.floor((padded.height - kernel) / stride) + 1;
     const width = Math.floor((padded.width - kernel) / stride) + 1;
-    if (!depthwise) {
-      const columns = patches(padded, kernel, stride, height, width);
-      const length = x.channels * kernel * kernel;
-      return tensor(filters, height, width, multiply(weight, columns, bias, filters, height * width, length));
-    }
+    if (!depthwise) return convolve(padded, step, height, width);
     const each = tensor(filters, height, width);
     for (let i = 0; i < weight.length; i++) {
       const [channel, y, x] = [Math.floor(i / kernel ** 2), Math.floor(i / kernel) % kernel, i % kernel];
@@ -172,8 +167,8 @@ const STEPS = {
     return tensor(x.data.length, 1, 1, data);
   },
 
-  dense(x, { units, weight, bias }) {
-    return tensor(units, 1, 1, multiply(weight, x.data, bias, units, 1, x.data.length));
+  dense(x, step) {
+    return convolve(x, step, 1, 1);
   },
 };
 

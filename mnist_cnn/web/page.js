@@ -125,6 +125,7 @@ document.addEventListener("keydown", (event) => {
 
 async function open(file) {
   if (!file) return;
+  say("Reading the picture", "");
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
@@ -174,7 +175,8 @@ const bars = network.classes.map((name) => {
 });
 element("bars").append(...bars);
 element("bars").classList.toggle("many", bars.length > 12);
-element("bars").classList.toggle("words", network.classes.some((name) => name.length > 3));
+const longest = Math.max(...network.classes.map((name) => name.length));
+element("bars").style.setProperty("--name", `max(1.5rem, ${0.7 * Math.min(longest, 10)}rem)`);
 element("title").textContent = document.title = INVITATION;
 
 let speaking = 0;
@@ -269,7 +271,7 @@ function kernel(number, index) {
     );
     return { count: length / area, side: step.kernel, values };
   }
-  const length = step.weight.length / step.units;
+  const length = step.weight.length / step.filters;
   const row = step.weight.subarray(index * length, (index + 1) * length);
   if (network.parts[number].steps[0].kind !== "flatten") return { count: length, side: 1, values: row };
   const count = number ? atlases[number - 1].tensor.channels : 1;
@@ -396,6 +398,7 @@ class Atlas {
 
 // --- all of it ------------------------------------------------------------------------------------------------------
 
+element("layers").hidden = !network.parts.length;
 const atlases = forward(network, new Uint8Array(784)).maps.map((tensor, number) => new Atlas(number, tensor));
 
 /** Look at the drawing, at most once a frame. */
@@ -429,7 +432,8 @@ function look() {
     show(probabilities);
     atlases.forEach((atlas, i) => atlas.draw(maps[i]));
   } else {
-    showNothing(marks.length ? "Draw on: there is too little yet, or too much" : INVITATION);
+    const drawn = "Draw on: there is too little yet, or too much";
+    showNothing(!marks.length ? INVITATION : marks.at(-1).canvas ? "There is no digit in this picture" : drawn);
     atlases.forEach((atlas) => atlas.draw(null));
   }
 }
