@@ -21,6 +21,7 @@ from mnist_cnn.runs.folder import write_whole
 
 FORMAT = 5  # 2 brought the temperature, 3 convolutions without bias, 4 and 5 the parts that Block names, 4 also std
 RENAMED = {f"{part}standard_deviation": f"{part}std" for part in ("network.", "")}  # in formats 1 to 3
+MANY = 1000  # numbers of a tensor; in smaller ones float16 costs most and saves nothing
 MAXIMUM_CHECKED = 2**28  # bytes of a checkpoint whose checksums are compared; more would take seconds
 MAXIMUM_DESCRIPTION = 16 * 2**20  # bytes of what is not weights
 
@@ -163,11 +164,11 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_weights(path: Path, description: Description, network: ConvNet, half: bool = False) -> None:
-    """Write a checkpoint of a network's weights, in float16 if `half`, and its description."""
+    """Write a checkpoint of a network's weights, the large tensors in float16 if `half`, and its description."""
     about = {**description.model_dump(), "format": FORMAT}
     state = {f"network.{name}": value.clone() for name, value in network.state_dict().items()}
     if half:
-        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+        state = {name: value.half() if value.numel() >= MANY else value for name, value in state.items()}
     save(path, {"state_dict": state, "mnist_cnn": about})
 
 
