@@ -283,7 +283,7 @@ function kernel(number, index) {
 /** All maps of one part on one canvas. */
 class Atlas {
   constructor(number, tensor) {
-    Object.assign(this, { number, tensor, selected: null, empty: true });
+    Object.assign(this, { number, tensor, selected: null, empty: true, seen: false });
     const { title, steps } = network.parts[number];
     const { channels, height, width } = tensor;
     const size = height * width === 1 ? `${channels} units` : `${channels} maps of ${height}×${width}`;
@@ -295,6 +295,10 @@ class Atlas {
     this.canvas.setAttribute("aria-label", `${title}: ${size}. Arrow keys go from one to the next.`);
     this.strip = new OffscreenCanvas(width, height * channels).getContext("2d");
     element("layers").append(heading, about, this.canvas);
+    new IntersectionObserver(([{ isIntersecting }]) => {
+      this.seen = isIntersecting;
+      this.draw();
+    }).observe(this.canvas);
     this.canvas.addEventListener("pointermove", (event) => this.select(this.at(event)));
     this.canvas.addEventListener("pointerdown", (event) => this.select(this.at(event)));
     this.canvas.addEventListener("pointerleave", () => this.select(null));
@@ -323,10 +327,11 @@ class Atlas {
     this.draw();
   }
 
-  /** Draw the maps anew; null: there is no drawing. */
+  /** Draw the maps anew, if they are in view; null: there is no drawing. */
   draw(tensor = this.empty ? null : this.tensor) {
     this.empty = tensor === null;
     this.tensor = tensor ?? { ...this.tensor, data: this.tensor.data.map(() => 0) };
+    if (!this.seen) return;
     const { channels, height, width, data } = this.tensor;
     this.strip.putImageData(coloured(data, width, strongest(data)), 0, 0);
     const context = this.canvas.getContext("2d");
