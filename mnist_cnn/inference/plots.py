@@ -51,9 +51,9 @@ def image_grid(
     """
     lines = max([label.count("\n") + 1 for label in labels], default=1)
     height, width = np.shape(images[0])[:2] if len(images) else (28, 28)
-    gap_x, gap_y = 0.15 * width, (0.08 + 0.17 * lines) * width / inches
+    gap_x, gap_y = 0.15 * width / inches, (0.08 + 0.17 * lines) * width / inches
     rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(max(columns * inches * 1.15, 5.5), rows * inches * (height + gap_y) / width + 0.6))
+    figure = Figure(figsize=(max(columns * (inches + 0.15), 5.5), rows * inches * (height + gap_y) / width + 0.6))
     figure.suptitle(title, y=1 - 0.15 / figure.get_figheight(), va="top", fontsize=11)
     axes = figure.add_axes((0.01, 0.01, 0.86 if bar else 0.98, 1 - 0.5 / figure.get_figheight()))
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -167,8 +167,10 @@ def prediction_grid(pictures: Sequence[tuple[Any, Any, str]], left_out: int, pat
     ]
     texts = [text for *_, text in pictures]
     more = f" ({left_out:,} more are not drawn)" if left_out else ""
-    columns, inches = (min(2, len(panels)), 7.0) if panels and pictures[0][1] is None else (4, 1.8)
-    image_grid(f"Pictures, and what the network saw of them{more}", panels, texts, columns, path, inches=inches)
+    several = bool(pictures) and pictures[0][1] is None
+    title = f"Pictures, and {'the digits in them' if several else 'what the network saw of them'}{more}"
+    columns, inches = (min(2, len(panels)), 7.0) if several else (4, 1.8)
+    image_grid(title, panels, texts, columns, path, inches=inches)
 
 
 def probability_bars(picture: Any, digit: NDArray[np.uint8], probabilities: Any, classes: list[str]) -> Figure:
