@@ -18,6 +18,7 @@ MINIMUM_CONTRAST = 10.0  # the least difference between ink and paper, of 255
 MINIMUM_SIDE = 8  # pixels of a digit's longer side, with its soft edges
 MINIMUM_LIGHT = 30  # of 255: darker paper is too noisy to be corrected for uneven light
 EVEN = 3  # levels by which even paper may differ, as after JPEG
+LONG = 0.12  # of the picture's outline: ink that leaves the picture crosses less of it, a shadow's edge lies farther apart
 CLEAR = 0.9  # of the differences' variance between two classes: ink and paper then have a colour each
 STROKE_LEVEL = 0.35  # of full ink: above it a pixel belongs to a stroke
 FAINT_LEVEL = 0.2  # above it a pixel beside a stroke belongs to it
@@ -44,8 +45,8 @@ def find_ink(pixels: NDArray[Any]) -> list[Ink]:
         small = block_means(pixels, factor)
         ink, *others = _extract_ink(small)
         rows, columns = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
-        if factor == 1 and max(len(rows), len(columns)) < MINIMUM_SIDE:
-            raise UserError(BLANK)
+        if factor == 1 and (side := max(len(rows), len(columns))) < MINIMUM_SIDE:
+            raise UserError(f"there is no digit in it: the ink is {side} pixels long, a digit {MINIMUM_SIDE} or more")
         margin = 2 + max(len(rows), len(columns)) // 6
         box = [(max(0, int(part[0]) - margin), int(part[-1]) + 1 + margin) for part in (rows, columns)]
         (top, bottom), (left, right) = box
@@ -65,9 +66,8 @@ def find_ink(pixels: NDArray[Any]) -> list[Ink]:
 def _crop_to_digit(pixels: NDArray[Any]) -> NDArray[Any]:
     """A large, evenly coloured picture cut down to its largest thing: averaging would lose a small digit."""
     factor = -(-max(pixels.shape[:2]) // WORKING_SIZE)
-    border = _border(pixels)
-    paper = np.median(border, axis=0)
-    if factor == 1 or (np.abs(border - paper).max(1) <= EVEN).mean() < 0.5:
+    paper, even = _even_paper(pixels)
+    if factor == 1 or even <= 0.5:
         return pixels
     paper = paper.astype(pixels.dtype)
     difference = (np.maximum(pixels, paper) - np.minimum(pixels, paper)).max(-1)  # unsigned numbers do not go below 0
@@ -139,6 +139,16 @@ def _of_strokes(ink: Ink) -> Ink:
     return ink
 
 
+def _even_paper(pixels: NDArray[Any]) -> tuple[Ink, float]:
+    """The border's median colour, and the fraction of the border that has it: none if a shadow comes in there."""
+    border = _border(pixels)
+    paper = np.median(border, axis=0)
+    outline = np.concatenate([pixels[0], pixels[:, -1], pixels[-1, ::-1], pixels[::-1, 0]])
+    runs = np.bincount(ndimage.label(np.abs(outline - paper).max(1) > EVEN)[0])[1:]
+    shadow = min(pixels.shape[:2]) >= 48 and runs.max(initial=0) > LONG * len(outline)
+    return paper, 0.0 if shadow else float((np.abs(border - paper).max(1) <= EVEN).mean())
+
+
 def _border(pixels: Ink) -> Ink:
     """The pixels of a band along the picture's edge, (count, channels)."""
     height, width, channels = pixels.shape
@@ -149,10 +159,8 @@ def _border(pixels: Ink) -> Ink:
 
 def _paper_colours(pixels: Ink) -> list[tuple[Ink, bool]]:
     """What the paper's colour may be: one (channels,), or in uneven light one at each pixel; and whether it is one."""
-    border = _border(pixels)
-    paper = np.median(border, axis=0)
+    paper, even = _even_paper(pixels)
     difference = np.abs(pixels - paper).max(-1)
-    even = (np.abs(border - paper).max(1) <= EVEN).mean()
     found = list[tuple[Ink, bool]]()
     if even > 0.5 or min(pixels.shape[:2]) < 8:
         if (difference > difference.max() / 2).mean() > 0.7:  # a frame around the picture
