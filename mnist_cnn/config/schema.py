@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -29,6 +30,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
     begun = [each for each in by_lower if len(lower) > 2 and each.startswith(lower)]
     close = parts or begun or difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.55)
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
+
+
+# What moves a terminal's cursor, changes its colours, or turns the order of letters round.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+PASSWORD = re.compile(r"(?<=://)([^\s:/@]*):[^\n'\"]*@")
+SECRET = re.compile(r"(?i)([?&]\w*(passw|pwd|secret|token)\w*=)[^\s&'\"]+")
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may show it: names come from strangers, so control characters but tabs and line breaks are
+    escapes; addresses are without their passwords."""
+    text = SECRET.sub(r"\1…", PASSWORD.sub(r"\1@", text))
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def explain(error: ValidationError, within: str = "") -> str:

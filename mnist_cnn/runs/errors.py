@@ -15,7 +15,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 
 from mnist_cnn.config.architecture import Block
-from mnist_cnn.config.schema import UserError, nearest
+from mnist_cnn.config.schema import UserError, nearest, printable
 from mnist_cnn.config.settings import CONF, EXPERIMENT, OWNED_TRAINER_KEYS
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # no fault of the user's input
@@ -40,7 +40,7 @@ MEANT = {
 
 def refuse(reason: object, error: Exception | None = None) -> NoReturn:
     """End the command as the contract says for wrong input: one line on stderr, status 2; 1 where a disk is full."""
-    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(str(reason).split()))}", file=sys.stderr)
     raise SystemExit(1 if isinstance(error, OSError) and error.errno in NO_ROOM else 2)
 
 
