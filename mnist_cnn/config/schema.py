@@ -59,7 +59,7 @@ def explain(error: ValidationError, within: str = "") -> str:
     message = finding["msg"].removeprefix("Value error, ")
     if not finding["msg"].startswith("Input should"):
         return message if key == "" or message.startswith(("architecture", key)) else f"{key}: {message}"
-    return f"{key}={finding['input']!r}: must be {message.removeprefix('Input should be ')}"
+    return f"{key}={finding['input']!r:.300}: must be {message.removeprefix('Input should be ')}"
 
 
 class Strict(BaseModel):

@@ -66,8 +66,8 @@ def _named(word: str, as_bytes: bool) -> Iterator[PictureSource]:
         yield from _in_list(line.rstrip("\r\n") for line in sys.stdin)
     elif word.startswith("@") and not exists(word):
         try:
-            text = Path(word[1:]).expanduser().read_text(encoding="utf-8", errors="surrogateescape")
-        except OSError as error:
+            text = Path(word[1:]).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{word[1:]} cannot be read as a list of paths ({error})") from None
         yield from _in_list(text.splitlines())
     elif exists(word):

@@ -89,6 +89,8 @@ def in_one_line(error: Exception, config_name: str) -> str:
         r"Could not (?:override|append to config|delete from config)[^'\n]*'([^'\n]+?)(?:@.*)?'", text
     ):
         return _unknown_key(match[1], config_name)
+    if text.startswith("Exceeds the limit"):  # Python's, of the digits of a number
+        return "a number on the command line has thousands of digits"
     if match := re.match(r"invalid literal for int\(\) with base 10: '(.+)'", text):  # of OmegaConf's
         return f"{match[1]}: a list's items have numbers, as in architecture.blocks.0.filters=32"
     if match := re.match(r"(?:Missing mandatory value|Structured config of type.*): (\S+)", text):

@@ -21,7 +21,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
-from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.config.schema import RunError, Strict, UserError, printable, validated
 from mnist_cnn.config.settings import Draw, Evaluate, Export, Import, Predict, Train
@@ -130,7 +129,7 @@ class RunCallback(Callback):
                 elif config.hydra.output_subdir is not None:
                     folder = claim(Path(config.hydra.run.dir), chosen(config, "hydra.run.dir"))
                     config.hydra.run.dir = str(folder)
-        except (UserError, OSError, OmegaConfBaseException) as error:
+        except Exception as error:  # Hydra would warn of it and go on
             refuse(in_one_line(error, name), error)
 
 

@@ -22,7 +22,7 @@ LIBRARIES = r"torch\.optim\.(lr_scheduler\.)?[A-Z]\w*|pytorch_lightning\.loggers
 AGAIN = "may run anything, so it is not taken from a folder: if you know it, give it again on the command line"
 # Hydra's own overrides that can do no harm; others of it start programs.
 PLAIN_HYDRA = re.compile(
-    r"hydra(/launcher=(basic|parallel|slurm|submitit)|\.mode=MULTIRUN|\.sweep\.subdir=[\w.+${}-]+"
+    r"hydra(/launcher=(basic|parallel|slurm|submitit)|\.sweep\.subdir=[\w.+${}-]+"
     r"|\.sweeper\.max_batch_size=\d+|\.launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|mem_gb)=-?[\d.]+"
     r"|\.launcher\.(partition|qos|account)=\w+)"
 )
@@ -72,8 +72,8 @@ def require_known(stored: Train, given: Train, folder: Path) -> None:
             continue
         if target not in names and not (isinstance(target, str) and _is_known(target)):
             raise UserError(f"{folder} has {key}._target_={target!s:.200}, which {AGAIN}")
-        if strange := next((name for name, value in node.items() if not _is_plain(value)), None):
-            raise UserError(f"{folder} has a mapping as {key}.{strange}, which {AGAIN}")
+        if mappings := [name for name, value in node.items() if not _is_plain(value)]:
+            raise UserError(f"{folder} has a mapping as {key}.{mappings[0]}, which {AGAIN}")
     if "." in stored.data.name and stored.data.name != given.data.name:
         raise UserError(f"{folder} has data._target_={stored.data.name}, which {AGAIN}")
     if strange := sorted(set(stored.modules) - set(given.modules)):

@@ -151,7 +151,7 @@ def continued(words: list[str]) -> list[str]:
     theirs = {
         override_key(word): word
         for word in [*record["overrides"], *record["hydra"]]
-        if override_key(word) != "hydra.mode"
+        if override_key(word) not in ("hydra.mode", "hydra.sweep.dir")
     }
     if "hydra/launcher" in ours:  # without the settings of the one before
         theirs = {key: word for key, word in theirs.items() if not key.startswith("hydra.launcher.")}
