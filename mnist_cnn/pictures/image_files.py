@@ -229,7 +229,7 @@ def read_picture(file: str | Path | io.BytesIO) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError(f"is not a picture that can be read (expected {', '.join(FORMATS)})") from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        raise UserError(f"is not a picture that can be read ({first_line(error)})") from None
+        raise UserError(f"is not a picture that can be read ({first_line(error):.200})") from None
 
 
 def _regular(path: str | Path) -> str | Path:
