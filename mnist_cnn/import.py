@@ -74,7 +74,9 @@ def from_keras(path: Path, divide_by_255: bool | None) -> tuple[ConvNet, Descrip
     from mnist_cnn.models.keras_file import read_keras
 
     imported = read_keras(path)
-    network = ConvNet(imported.architecture, imported.classes, imported.mean, imported.std or 255.0)
+    network = ConvNet(
+        imported.architecture, imported.classes, imported.mean, 255.0 if imported.std is None else imported.std
+    )
     weights = network.state_dict()
     for name, value in imported.weights.items():
         weights[name].copy_(torch.from_numpy(value))

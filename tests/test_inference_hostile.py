@@ -326,11 +326,11 @@ def declared(end, kind, rank=None):
 
 
 ONNX = {
-    "an endless loop": (endless, "the operator  Loop"),
+    "an endless loop": (endless, "the operator :Loop"),
     "gigabytes of a constant": (add(("ConstantOfShape", ["x"], {})), "ConstantOfShape"),
     "an outer product": (outer_product, "larger than"),
     "weights elsewhere": (elsewhere, "in another file"),
-    "another domain": (add(("Mine", [], {"domain": "evil"})), "the operator evil Mine"),
+    "another domain": (add(("Mine", [], {"domain": "evil"})), "the operator evil:Mine"),
     "a description that is no mapping": (described("[1]"), "format None"),
     "a description that is nested": (described("[" * 100_000), "a damaged description"),
     "float digits": (declared("input", 1), "digits alone"),

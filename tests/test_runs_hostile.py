@@ -314,4 +314,4 @@ def test_a_number_of_thousands_of_digits(run, tmp_path):
 
 
 def test_help_says_which_files_are_safe(run):
-    assert "of strangers" in " ".join(run("mnist-train", "--help").out.split())
+    assert "safe to get from others" in " ".join(run("mnist-train", "--help").out.split())

@@ -300,9 +300,7 @@ def _load_onnx(path: Path, device: torch.device) -> Member:
         names, (output,) = [each.name for each in session.get_inputs()], session.get_outputs()
         if output.shape[1:] != [len(description.classes)]:
             raise UserError(f"it gives {output.shape[1:]} probabilities of {len(description.classes)} classes")
-    except UserError as error:
-        raise UserError(f"{path} cannot be taken: {str(error).removeprefix(f'{path} ')}") from None
-    except Exception as error:  # onnxruntime has no common error
+    except Exception as error:  # onnx and onnxruntime have no common one
         raise UserError(f"{path} is not an ONNX file of mnist-export ({' '.join(str(error).split())[:200]})") from None
 
     def logits(images: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ def load_plain(path: Path, what: str) -> Any:
 
 def read_description(path: str | Path, content: Any) -> Description:
     """What a file says of its network, validated."""
-    found = content.get("format") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    found = content.get("format")
     if type(found) is not int or not 1 <= found <= FORMAT:
         newer = type(found) is int and found > FORMAT
         by = content.get("versions") if isinstance(content.get("versions"), dict) else {}

@@ -31,7 +31,7 @@ def checked(content: bytes) -> tuple[bytes, str | None]:
     graph = model.graph
     for node in graph.node[: MAXIMUM_NODES + 1]:
         if node.domain or not OPERATORS.fullmatch(node.op_type):
-            raise UserError(f"it has the operator {node.domain:.60} {node.op_type:.60}, which our export never writes")
+            raise UserError(f"it has the operator {node.domain:.60}:{node.op_type:.60}, which our export never writes")
         if any(each.HasField("t") or each.HasField("g") or each.graphs or each.tensors for each in node.attribute):
             raise UserError(f"its {node.op_type} holds more than numbers")
     if len(graph.node) > MAXIMUM_NODES or model.functions or graph.sparse_initializer:
@@ -40,16 +40,12 @@ def checked(content: bytes) -> tuple[bytes, str | None]:
         raise UserError("its weights are in another file, which is not read")
     weights = {each.name for each in graph.initializer}
     inputs = [each for each in graph.input if each.name not in weights]
-    kinds = [
-        (onnx.TensorProto.UINT8, [1, IMAGE_SIZE, IMAGE_SIZE], inputs),
-        (onnx.TensorProto.FLOAT, None, graph.output),
-    ]
-    for kind, sizes, ends in kinds:
-        found = [(each.type.tensor_type.elem_type, _sizes(each)[1:]) for each in ends]
-        if len(found) != 1 or found[0][0] != kind or len(found[0][1]) != (3 if sizes else 1):
-            raise UserError("it does not take uint8 digits and give probabilities")
-        if sizes and found[0][1] != sizes:
-            raise UserError(f"it takes pictures of another shape than {sizes}")
+    ends = [(each.type.tensor_type.elem_type, *_sizes(each)[1:]) for each in [*inputs, *graph.output]]
+    digits, *probabilities = ends or [()]
+    if digits != (onnx.TensorProto.UINT8, 1, IMAGE_SIZE, IMAGE_SIZE) or len(inputs) != 1 or len(probabilities) != 1:
+        raise UserError("it does not take digits alone, uint8 (N, 1, 28, 28), and give probabilities alone")
+    if probabilities[0][0] != onnx.TensorProto.FLOAT or len(probabilities[0]) != 2:
+        raise UserError("its probabilities are not float32 (N, classes)")
     (batch,) = (dim.dim_param for dim in inputs[0].type.tensor_type.shape.dim[:1])
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     known = {each.name: _sizes(each, batch) for each in [*inferred.value_info, *inferred.output]}
