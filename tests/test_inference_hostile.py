@@ -404,6 +404,14 @@ def test_a_bad_entry_of_a_list_is_an_error_of_it_alone(run, tmp_path, trained, d
     assert control
 
 
+def test_an_array_that_says_it_is_larger_than_its_file(run, tmp_path, trained):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**10,)})
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a.npy", header.getvalue() + bytes(99))
+    said(run("mnist-predict", f"checkpoint={trained}", "images=x.npz"), "x.npz", "a.npy is shorter than an array of")
+
+
 @pytest.mark.parametrize("words", ["images=empty.npy", "images=@empty.txt"])
 def test_no_picture_at_all_is_said(run, tmp_path, trained, words):
     np.save(tmp_path / "empty.npy", np.zeros((0, 28, 28), np.uint8))

@@ -162,8 +162,10 @@ def _read_arrays(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
             yield str(path), np.load(path, mmap_mode="r", allow_pickle=False)
         elif path.suffix.lower() == ".npz":
             with zipfile.ZipFile(path) as archive:
-                if any(record.file_size > MAXIMUM_ARRAY for record in archive.infolist()):
-                    raise ValueError(f"an array of more than {MAXIMUM_ARRAY:,} bytes")
+                for record in archive.infolist():
+                    if record.file_size > MAXIMUM_ARRAY:
+                        raise ValueError(f"an array of more than {MAXIMUM_ARRAY:,} bytes")
+                    _refuse_more_than_there_is(archive, record)
             with np.load(path, allow_pickle=False) as file:
                 for name in file.files:
                     array = file[name]
@@ -174,6 +176,16 @@ def _read_arrays(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
             yield str(path), _read_idx(path)
     except Exception as error:  # numpy has no one error for a bad file
         raise UserError(f"{path} holds no array that can be read ({first_line(error):.200})") from None
+
+
+def _refuse_more_than_there_is(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    """Raise ValueError where an array says that it is larger than its record: numpy takes the memory at once."""
+    with archive.open(record) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    if math.prod(shape) * max(dtype.itemsize, 1) > record.file_size or dtype.itemsize > record.file_size:
+        raise ValueError(f"{record.filename} is shorter than an array of {shape} is")
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
