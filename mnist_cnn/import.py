@@ -69,14 +69,21 @@ def from_keras(path: Path, divide_by_255: bool | None) -> tuple[ConvNet, Descrip
     """The network of a Keras file; a Rescaling layer in it goes before `divide_by_255`, and null is found out."""
     import torch
 
+    from mnist_cnn.models.checkpoint import require_numbers
     from mnist_cnn.models.convnet import ConvNet
     from mnist_cnn.models.keras_file import read_keras
 
     imported = read_keras(path)
-    network = ConvNet(imported.architecture, imported.classes, imported.mean, imported.std or 255.0)
+    network = ConvNet(
+        imported.architecture, imported.classes, imported.mean, 255.0 if imported.std is None else imported.std
+    )
     weights = network.state_dict()
     for name, value in imported.weights.items():
         weights[name].copy_(torch.from_numpy(value))
+    try:
+        require_numbers(weights)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     if imported.std is None:
         network.std.fill_(255.0 if (divides_by_255(network) if divide_by_255 is None else divide_by_255) else 1.0)
     return network, described(imported.architecture, imported.classes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hydra
 from omegaconf import DictConfig
 
-from mnist_cnn.config.schema import UserError, validated
+from mnist_cnn.config.schema import UserError, printable, validated
 from mnist_cnn.config.settings import CONF, Predict
 from mnist_cnn.runs.folder import writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
@@ -90,6 +90,8 @@ def predict(config: Predict) -> None:
                 if one.thumbnail is not None
             ]
             bar.update(len(batch))
+        if not count:
+            raise UserError(f"images={','.join(config.images)} names no picture")
     if grid:
         draw_grid(drawn, count, grid)
     if failed and not config.skip_errors:
@@ -98,10 +100,10 @@ def predict(config: Predict) -> None:
 
 def refuse_missing(images: list[str]) -> None:
     """Say that a path does not exist before torch and the network are loaded."""
-    from mnist_cnn.pictures.image_files import find_pictures
+    from mnist_cnn.pictures.image_files import exists, find_pictures
 
     paths = [word for word in images if word[0] not in "-@" and "*" not in word]
-    if missing := [path for path in paths if not Path(path).exists()]:
+    if missing := [path for path in paths if not exists(path)][:1]:
         next(find_pictures(missing), None)
 
 
@@ -110,6 +112,7 @@ def read_digits(source: PictureSource, classifier: Classifier, config: Predict, 
     from mnist_cnn.pictures.digit_image import readings_for
 
     name = source.name.encode(errors="surrogateescape").decode(errors="backslashreplace")  # bytes that are no UTF-8
+    name = printable(name).replace("\t", "\\t").replace("\n", "\\n")
     try:
         picture = source.read()
         if config.digits == "one":

@@ -25,6 +25,7 @@ from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.errors import refuse
 from mnist_cnn.runs.folder import override_key, refuse_occupied, write_whole
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command, user_config_dir
+from mnist_cnn.runs.strangers import require_known, require_plain
 from mnist_cnn.search.space import Space, compose, study_name, training_overrides
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def work(settings: SweepSettings) -> None:
         if settings.report:
             conclude(existing(settings, Path(settings.report)))
         elif settings.retrain:
-            retrain(existing(settings, Path(settings.retrain)), list(HydraConfig.get().overrides.task))
+            retrain(existing(settings, Path(settings.retrain)), settings, list(HydraConfig.get().overrides.task))
         else:
             search(settings)
     except Exception as error:
@@ -189,15 +190,19 @@ def conclude(shared: SharedStudy) -> None:
     log.info("%s", shared.folder)
 
 
-def retrain(shared: SharedStudy, overrides: list[str]) -> None:
+def retrain(shared: SharedStudy, settings: SweepSettings, overrides: list[str]) -> None:
     """Train the best trial on its own seed and the four after it, each scored on the test set; mean ± sd."""
     from mnist_cnn.search.report import figure
 
     best = shared.best()
     if best is None:
         raise UserError(f"no trial of {shared.folder} is complete yet: nothing to train again")
-    words = [word for word in best.user_attrs["overrides"] if override_key(word) not in ("seed", "test")]
-    words += training_overrides(overrides)
+    ours = training_overrides(overrides)
+    given = {"seed", "test", *map(override_key, ours)}
+    words = [word for word in best.user_attrs["overrides"] if override_key(word) not in given]
+    require_plain(words, shared.folder)
+    words += ours
+    require_known(compose(words, config_dir=shared.config_dir)[0], settings, shared.folder)
     first = compose(best.user_attrs["overrides"], config_dir=shared.config_dir)[0].seed
     last, value = first + SEEDS - 1, figure(shared, best.values[0])
     log.info("trial %d, %s %s, on seeds %d to %d", best.number, shared.metric, value, first, last)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import csv
 import html
-import json
 import logging
 import sys
 import threading
@@ -32,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Train
 from mnist_cnn.runs.errors import in_one_line
-from mnist_cnn.runs.folder import claim, discard, release
+from mnist_cnn.runs.folder import claim, discard, read_metrics, release
 from mnist_cnn.runs.hydra_app import (
     STOPPED,
     Console,
@@ -67,7 +66,7 @@ def job(config: DictConfig) -> Metrics | None:
             (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
             if state(folder) == "finished":
                 log.info("%s has finished already: nothing was changed", folder)
-                return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+                return read_metrics(folder)
             settings = with_own_threads(settings)
             if state(folder) == "interrupted":  # its own settings were compared before the sweep went on
                 settings, overrides = settings.model_copy(update={"resume": str(folder)}), []
@@ -97,8 +96,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> Metrics:
-        file = self.folder / "metrics.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return read_metrics(self.folder) if (self.folder / "metrics.json").is_file() else {}
 
     @cached_property
     def history(self) -> list[dict[str, float]]:

@@ -1,10 +1,12 @@
 """Files from strangers: nothing in them runs, each ends in one line and status 2, soon and in little memory."""
 
+import csv
 import io
 import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import said
+from conftest import said, typed
 
 import mnist_cnn.predict  # noqa: F401 - what it imports is not of the seconds below
 from mnist_cnn import load_classifier
@@ -138,7 +140,20 @@ def another_lightning_model(path, trained, marker):
     torch.save({"state_dict": state, "pytorch-lightning_version": "2.5.0", "hyper_parameters": {"lr": 0.1}}, path)
 
 
+def weight(name, value):
+    def make(path, trained, marker):
+        def change(content):
+            content["state_dict"][f"network.{name}"].view(-1)[0] = value
+
+        torch.save(changed(trained, change), path)
+
+    return make
+
+
 FILES = {
+    "a weight that is NaN": (weight("logits.bias", float("nan")), "logits.bias is not finite"),
+    "a weight that is infinite": (weight("logits.weight", float("inf")), "logits.weight is not finite"),
+    "a std of 0": (weight("std", 0.0), "std is not greater than 0"),
     "a pickled callable in a checkpoint": (pickled, "not a whole checkpoint"),
     "a pickled callable": (pickled_alone, "not a whole checkpoint"),
     "a pickled callable in torch's old format": (legacy, "not a whole checkpoint"),
@@ -236,6 +251,180 @@ def test_older_formats_load_and_a_newer_one_says_what_is_needed(trained, tmp_pat
 def test_an_exported_file_that_is_none(run, tmp_path, digit, ending, content):
     (tmp_path / f"x.{ending}").write_bytes(content)
     said(run("mnist-predict", f"checkpoint=x.{ending}", f"images={digit}"), f"x.{ending} is not")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A small network as an ONNX model."""
+    onnx = pytest.importorskip("onnx")
+    from importlib import import_module
+
+    from mnist_cnn.models.checkpoint import save_weights
+    from mnist_cnn.models.convnet import ConvNet
+
+    path = tmp_path_factory.mktemp("exported")
+    architecture = {"blocks": [{"filters": 2, "kernel": 5, "pool": 4}], "dense": []}
+    network = ConvNet(architecture)
+    save_weights(path / "x.ckpt", import_module("mnist_cnn.import").described(network.specification, 10), network)
+    with pytest.MonkeyPatch.context() as patch:
+        assert typed(patch, "mnist-export", f"checkpoint='{path}/x.ckpt'", f"output='{path}/x.onnx'") == 0
+    return onnx.load(path / "x.onnx")
+
+
+def add(*nodes):
+    """Nodes before the last, whose outputs nothing uses."""
+
+    def change(model):
+        for kind, inputs, attributes in nodes:
+            import onnx
+
+            node = onnx.helper.make_node(kind, inputs, [f"{kind} output"], **attributes)
+            model.graph.node.insert(len(model.graph.node) - 1, node)
+
+    return change
+
+
+def endless(model):
+    import onnx
+
+    body = onnx.helper.make_graph([], "body", [], [])
+    add(("Loop", [], {"body": body}))(model)
+
+
+def outer_product(model):
+    """9 GB of two rows that have 400 KB."""
+    import onnx
+
+    for name, shape in (("column", (50_000, 1)), ("row", (1, 50_000))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name))
+    add(("MatMul", ["column", "row"], {}))(model)
+
+
+def elsewhere(model):
+    import onnx
+
+    weight = model.graph.initializer[0]
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="secret.bin")
+
+
+def described(text):
+    def change(model):
+        model.metadata_props[0].value = text
+
+    return change
+
+
+def declared(end, kind, rank=None):
+    def change(model):
+        tensor = getattr(model.graph, end)[0].type.tensor_type
+        tensor.elem_type = kind
+        if rank is not None:
+            del tensor.shape.dim[rank:]
+
+    return change
+
+
+ONNX = {
+    "an endless loop": (endless, "the operator :Loop"),
+    "gigabytes of a constant": (add(("ConstantOfShape", ["x"], {})), "ConstantOfShape"),
+    "an outer product": (outer_product, "larger than"),
+    "weights elsewhere": (elsewhere, "in another file"),
+    "another domain": (add(("Mine", [], {"domain": "evil"})), "the operator evil:Mine"),
+    "a description that is no mapping": (described("[1]"), "format None"),
+    "a description that is nested": (described("[" * 100_000), "a damaged description"),
+    "float digits": (declared("input", 1), "digits alone"),
+    "digits of rank 1": (declared("input", 2, 1), "digits alone"),
+    "words": (declared("output", 8), "not float32"),
+    "probabilities of rank 1": (declared("output", 1, 1), "not float32"),
+    "two outputs": (lambda model: model.graph.output.append(model.graph.output[0]), "probabilities alone"),
+    "no outputs": (lambda model: model.graph.ClearField("output"), "probabilities alone"),
+}
+
+
+@pytest.mark.parametrize("kind", ONNX)
+def test_a_hostile_onnx_file(run, tmp_path, digit, exported, kind):
+    change, words = ONNX[kind]
+    model = type(exported)()
+    model.CopyFrom(exported)
+    change(model)
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    start = time.thread_time()
+    said(run("mnist-predict", "checkpoint=x.onnx", f"images={digit}"), "x.onnx", words)
+    assert time.thread_time() - start < SECONDS
+
+
+def test_an_onnx_file_whose_weights_are_no_numbers(run, tmp_path, digit, exported):
+    import onnx
+
+    model = type(exported)()
+    model.CopyFrom(exported)
+    for weight in model.graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT:
+            array = np.full_like(onnx.numpy_helper.to_array(weight), np.nan)
+            weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    said(run("mnist-predict", "checkpoint=x.onnx", f"images={digit}"), "x.onnx gives no probabilities")
+
+
+# --- lists of pictures ----------------------------------------------------------------------------------------
+
+
+def test_a_bad_entry_of_a_list_is_an_error_of_it_alone(run, tmp_path, trained, digit):
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "bad.npy").write_bytes(b"hello")
+    (tmp_path / "bad.npz").write_bytes(b"PK")
+    np.savez(tmp_path / "half.npz", good=np.zeros((0, 28, 28), np.uint8), other=np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("words.txt", "hello")
+    np.save(tmp_path / "none.npy", np.zeros((0, 28, 28), np.uint8))
+    np.lib.format.open_memmap(tmp_path / "huge.npy", "w+", np.uint8, (1, 100_000, 100_000))  # sparse
+    control = shutil.copy(digit, tmp_path / "a\x1b[31m\nb.png")
+    latin = os.fsencode(tmp_path) + b"/\xe9.png"
+    shutil.copy(digit, latin)
+    bad = ["x" * 5000, "empty", "pipe.png", "pipe.npy", "bad.npy", "bad.npz", "half.npz", "text.npz", "none.npy"]
+    bad += ["huge.npy", "gone.png", "/dev/zero"]
+    (tmp_path / "list.txt").write_text("\n".join([*bad, str(digit)]))
+    ended = run("mnist-predict", f"checkpoint={trained}", "images=@list.txt", "output=x.csv")
+    assert ended.status == 1
+    assert len(ended.err.splitlines()) == len(bad)
+    rows = list(csv.DictReader((tmp_path / "x.csv").open(encoding="utf-8")))
+    assert [bool(row["error"]) for row in rows] == [True] * len(bad) + [False]
+    (tmp_path / "bad.npy").unlink()
+    for name in ("pipe.png", "pipe.npy", "huge.npy"):
+        (tmp_path / name).unlink()
+    ended = run("mnist-predict", f"checkpoint={trained}", "images=.", "output=y.csv")
+    assert ended.status == 0
+    assert r"\xe9.png" in (tmp_path / "y.csv").read_text()
+    ended = run("mnist-predict", f"checkpoint={trained}", "images=.")
+    assert "\x1b" not in ended.out
+    assert r"a\x1b[31m\nb.png" in ended.out
+    assert control
+
+
+def test_an_array_that_says_it_is_larger_than_its_file(run, tmp_path, trained):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**10,)})
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a.npy", header.getvalue() + bytes(99))
+    said(run("mnist-predict", f"checkpoint={trained}", "images=x.npz"), "x.npz", "a.npy is shorter than an array of")
+
+
+@pytest.mark.parametrize("words", ["images=empty.npy", "images=@empty.txt"])
+def test_no_picture_at_all_is_said(run, tmp_path, trained, words):
+    np.save(tmp_path / "empty.npy", np.zeros((0, 28, 28), np.uint8))
+    (tmp_path / "empty.txt").touch()
+    said(run("mnist-predict", f"checkpoint={trained}", words, "output=x.csv"), "empty", "no picture")
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_dollars_in_names_are_no_formula(tmp_path):
+    from mnist_cnn.inference import plots
+
+    plots.confusion_matrix(np.eye(2, dtype=int), [r"$\frac$", "a$b$c^"], "$x$ $", tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
 
 
 def test_a_lambda_layer_is_named_and_not_run(run, tmp_path):

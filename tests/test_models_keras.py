@@ -453,3 +453,69 @@ def test_weights_in_another_file_are_not_followed(run, tmp_path):
         del file["model_weights/last"]
         file["model_weights/last"] = h5py.ExternalLink("secret.h5", "/last")
     said(run("mnist-import", "keras=model.h5", "output=x.ckpt"), "model.h5", "is a link")
+
+
+def external_group(file):
+    import h5py
+
+    del file["model_weights"]
+    file["model_weights"] = h5py.ExternalLink("secret.h5", "/")
+
+
+def of_kind(kind):
+    def change(file):
+        place = next(name for name in all_names(file["model_weights"]) if name.endswith("kernel"))
+        shape = file["model_weights"][place].shape
+        del file["model_weights"][place]
+        file["model_weights"].create_dataset(place, shape, kind, chunks=(1, 1))  # nothing is written
+
+    return change
+
+
+def with_value(value):
+    def change(file):
+        place = next(name for name in all_names(file["model_weights"]) if name.endswith("kernel"))
+        file["model_weights"][place][0, 0] = value
+
+    return change
+
+
+def all_names(group):
+    found = []
+    group.visit(found.append)
+    return found
+
+
+HOSTILE = {
+    "all weights in another file": (external_group, "is a link"),
+    "items of a megabyte": (of_kind(np.dtype(("V", 2**20))), "no floating-point numbers"),
+    "arrays as items": (of_kind(np.dtype((np.float32, (1000, 1000)))), "no floating-point numbers"),
+    "words": (of_kind(np.dtype("S9")), "no floating-point numbers"),
+    "NaN": (with_value(np.nan), "not finite"),
+    "infinite": (with_value(-np.inf), "not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_weights_are_refused(run, tmp_path, kind):
+    h5py = pytest.importorskip("h5py")
+    change, words = HOSTILE[kind]
+    model = keras.Sequential([keras.Input((28, 28, 1)), Flatten(), Dense(10, activation="softmax", name="last")])
+    model.save("model.h5")
+    with h5py.File("model.h5", "r+") as file:
+        change(file)
+    said(run("mnist-import", "keras=model.h5", "output=x.ckpt"), "model.h5", words)
+    assert not (tmp_path / "x.ckpt").exists()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-320, float("inf")])
+def test_a_rescaling_that_leaves_no_numbers_is_refused(run, scale):
+    layers = [keras.Input((28, 28, 1)), keras.layers.Rescaling(1.0), Flatten(), Dense(10, activation="softmax")]
+    keras.Sequential(layers).save("model.keras")
+    with zipfile.ZipFile("model.keras") as old, zipfile.ZipFile("changed.keras", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "config.json":
+                content = content.replace(b'"scale": 1.0', f'"scale": {json.dumps(scale)}'.encode())
+            new.writestr(name, content)
+    said(run("mnist-import", "keras=changed.keras", "output=x.ckpt"), "changed.keras")

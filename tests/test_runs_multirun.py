@@ -177,12 +177,14 @@ def test_another_sweeps_folder_is_refused_and_left_as_it_is(run, tmp_path, no_tr
     said(run(*command, "seed=1,2", "optimizer.lr=0.1"), "no optimizer.lr, not optimizer.lr=0.1")
     said(run(*command), "it has seed=1,2, not none")
     said(run(*command[:4], "seed=1,2", *command[4:]), "another sweep's folder", "seed=1,2, not seed=1,2 data=digits")
-    said(run("mnist-train", "-m", "multirun.resume=sweep", "seed=4"), "it has seed=1,2, not seed=4")
+    own_yaml = ("mnist-train", "--config-dir", "conf", "-m")
+    said(run(*own_yaml, "multirun.resume=sweep", "seed=4"), "it has seed=1,2, not seed=4")
+    said(run("mnist-train", "-m", "multirun.resume=sweep"), "has --config-dir", "give it again on the command line")
     said(run("mnist-train", "-m", "multirun.resume=sweep", "hydra.sweep.dir=x"), "leave out hydra.sweep.dir")
     said(run("mnist-train", "-m", "multirun.resume=conf"), "is not a sweep's folder: it has no sweep.yaml")
     said(run("mnist-train", *SMALL, "hydra.run.dir=sweep"), "is another sweep's folder")
     assert before == {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
-    assert run("mnist-train", "multirun.resume=sweep").status == 0  # with the sweep's own --config-dir
+    assert run(*own_yaml, "multirun.resume=sweep").status == 0
 
 
 def test_a_job_that_would_not_be_the_same_now_is_refused(run, tmp_path):

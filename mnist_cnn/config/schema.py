@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -31,6 +32,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
+# What moves a terminal's cursor, changes its colours, or turns the order of letters round.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+PASSWORD = re.compile(r"(?<=://)([^\s:/@]*):[^\n'\"]*@")
+SECRET = re.compile(r"(?i)([?&]\w*(passw|pwd|secret|token)\w*=)[^\s&'\"]+")
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may show it: names come from strangers, so control characters but tabs and line breaks are
+    escapes; addresses are without their passwords."""
+    text = SECRET.sub(r"\1…", PASSWORD.sub(r"\1@", text))
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def explain(error: ValidationError, within: str = "") -> str:
     """The first of pydantic's findings as one line in the words of the command line."""
     finding = error.errors()[0]
@@ -45,7 +59,7 @@ def explain(error: ValidationError, within: str = "") -> str:
     message = finding["msg"].removeprefix("Value error, ")
     if not finding["msg"].startswith("Input should"):
         return message if key == "" or message.startswith(("architecture", key)) else f"{key}: {message}"
-    return f"{key}={finding['input']!r}: must be {message.removeprefix('Input should be ')}"
+    return f"{key}={finding['input']!r:.300}: must be {message.removeprefix('Input should be ')}"
 
 
 class Strict(BaseModel):

@@ -61,6 +61,16 @@ def _storage(value: str | None) -> str | None:
     return value
 
 
+class StudyFile(Strict):
+    """What study.yaml in a study's folder holds."""
+
+    study: NonEmpty
+    metric: Literal["val/accuracy", "val/loss"]
+    storage: Annotated[str | None, AfterValidator(_storage)]
+    retries: int = Field(ge=0, le=1000)
+    config_dir: NonEmpty | None = None
+
+
 class SweepSettings(Train):
     """The configuration of mnist-sweep; conf/sweep.yaml describes each key."""
 

@@ -20,13 +20,14 @@ from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH
 from mnist_cnn.models.checkpoint import Description, find_checkpoint, network_of, read_description, rebuild, trust
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.models.device import find_device
+from mnist_cnn.models.onnx_file import checked
 from mnist_cnn.pictures.digit_image import readings_for
 from mnist_cnn.pictures.image_files import read_picture
 from mnist_cnn.pictures.several import Box, best_reading, find_candidates
 
 Picture = str | Path | Image.Image | NDArray[np.generic] | Tensor
 Pictures = Picture | Sequence[Picture]
-MAXIMUM_FILE = 2**30  # bytes of an .onnx or .safetensors file
+MAXIMUM_FILE = 2**29  # bytes of an .onnx or .safetensors file
 
 
 class Member(NamedTuple):
@@ -285,6 +286,7 @@ def _load_safetensors(path: Path, device: torch.device) -> Member:
 
 def _load_onnx(path: Path, device: torch.device) -> Member:
     try:
+        import onnx  # noqa: F401 - the file is checked with it
         import onnxruntime
     except ImportError:
         raise UserError(f"{path} needs a package that is not installed: pip install 'mnist-cnn[export]'") from None
@@ -292,18 +294,25 @@ def _load_onnx(path: Path, device: torch.device) -> Member:
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        # From bytes, so that the file cannot name other files as its weights.
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        content = session.get_modelmeta().custom_metadata_map.get("mnist_cnn")
-        inputs, outputs = session.get_inputs(), session.get_outputs()
-    except Exception as error:  # onnxruntime has no common error
+        model, content = checked(path.read_bytes())
+        description = _description_of(path, content)
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        names, (output,) = [each.name for each in session.get_inputs()], session.get_outputs()
+        if output.shape[1:] != [len(description.classes)]:
+            raise UserError(f"it gives {output.shape[1:]} probabilities of {len(description.classes)} classes")
+    except Exception as error:  # onnx and onnxruntime have no common one
         raise UserError(f"{path} is not an ONNX file of mnist-export ({' '.join(str(error).split())[:200]})") from None
 
     def logits(images: Tensor) -> Tensor:
-        (probabilities,) = session.run([outputs[0].name], {inputs[0].name: images.cpu().numpy()})
+        try:
+            (probabilities,) = session.run([output.name], {names[0]: images.cpu().numpy()})
+        except Exception as error:  # of a file that was changed
+            raise UserError(f"{path} does not run ({' '.join(str(error).split())[:200]})") from None
+        if np.isnan(probabilities).any() or probabilities.shape != (len(images), len(description.classes)):
+            raise UserError(f"{path} gives no probabilities: it is damaged")
         return torch.from_numpy(probabilities).log()
 
-    return Member(logits, _description_of(path, content), None)
+    return Member(logits, description, None)
 
 
 def _description_of(path: Path, text: str | None) -> Description:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,6 +30,8 @@ def save(figure: Figure, path: Path) -> None:
 
 def png(figure: Figure) -> bytes:
     """A figure as a PNG file's bytes."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar in a name is no formula
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, pil_kwargs={"compress_level": 1})  # a sweep's jobs draw theirs in half a second
     return buffer.getvalue()

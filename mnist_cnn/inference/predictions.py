@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.runs.folder import whole, writable
+from mnist_cnn.runs.folder import cell, whole, writable
 
 if TYPE_CHECKING:
     from mnist_cnn.inference.classifier import Classifier
@@ -98,9 +98,9 @@ class CsvFile:
     def write(self, rows: Sequence[Prediction]) -> None:
         writer = csv.writer(self.file)
         if rows and not self.begun:
-            writer.writerow(rows[0])
+            writer.writerow(map(cell, rows[0]))
             self.begun = True
-        writer.writerows(row.values() for row in rows)
+        writer.writerows(map(cell, row.values()) for row in rows)
 
     def close(self) -> None:
         self.file.close()

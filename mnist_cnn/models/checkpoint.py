@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -117,7 +117,8 @@ def load_plain(path: Path, what: str) -> Any:
 
 def read_description(path: str | Path, content: Any) -> Description:
     """What a file says of its network, validated."""
-    found = content.get("format") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    found = content.get("format")
     if type(found) is not int or not 1 <= found <= FORMAT:
         newer = type(found) is int and found > FORMAT
         by = content.get("versions") if isinstance(content.get("versions"), dict) else {}
@@ -200,11 +201,21 @@ def network_of(path: str | Path, description: Description, state: Any) -> ConvNe
             raise ValueError(f"{missing[0]!s:.100} is missing or too many")
         for name, like in expected.items():
             _check_weight(name, weights[name], like)
+        require_numbers(weights)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: its weights do not fit the network that it describes ({error})") from None
     whole = {name: value.to(expected[name].dtype, copy=True) for name, value in weights.items()}
     network.load_state_dict(whole, assign=True)
     return network.to(memory_format=torch.channels_last)
+
+
+def require_numbers(weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a weight is NaN or infinite, or pixels would be divided by 0."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    if not weights["std"] > 0:
+        raise ValueError("std is not greater than 0")
 
 
 def _check_weight(name: str, value: Any, like: Tensor) -> None:

@@ -56,8 +56,8 @@ def read_keras(path: Path) -> ImportedNetwork:
         with h5py.File(path, "r") as file:
             if "model_config" not in file.attrs:
                 raise UserError("it holds weights only; save the network with them, by model.save(...) in Keras")
-            return convert(json.loads(file.attrs["model_config"]), file["model_weights"])
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            return convert(json.loads(file.attrs["model_config"]), _own_member(file, "model_weights"))
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a whole Keras model with its architecture ({reason:.200})") from None
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
@@ -135,6 +135,8 @@ def read_weights(file: Any, layer: KerasLayer, *shapes: tuple[int, ...]) -> list
     found = [tuple(dataset.shape) for dataset in datasets]
     if found != list(shapes):
         raise UserError(f"layer {layer.name} has weights of {found!s:.100}, expected {list(shapes)}")
+    if any(dataset.dtype.kind != "f" for dataset in datasets):  # of other kinds an item may take gigabytes
+        raise UserError(f"layer {layer.name} has weights that are no floating-point numbers")
     return [np.asarray(dataset[()], np.float32) for dataset in datasets]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,46 +53,68 @@ def find_pictures(words: Iterable[str], as_bytes: bool = False) -> Iterator[Pict
     Raises:
         UserError: a path does not exist, or holds no picture.
     """
+    words = list(words)
     for word in words:
-        if word == "-":
-            yield from _from_standard_input(as_bytes)
-        elif word.startswith("@") and not Path(word).exists():
-            try:
-                text = Path(word[1:]).expanduser().read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{word[1:]} cannot be read as a list of paths ({error})") from None
-            yield from _in_list(text.splitlines())
-        elif Path(word).is_dir():
-            yield from _in_folder(word)
-        elif Path(word).exists():
-            yield from _in_file(word)
-        elif glob.has_magic(word):
-            found = sorted(path for path in glob.iglob(word, recursive=True) if Path(path).is_file())  # noqa: PTH207 — also absolute ones
-            if not found:
-                raise UserError(f"{word} matches no file")
-            for path in found:
-                yield from _in_file(path)
-        else:
-            raise UserError(f"{word} does not exist: give a picture, a folder of pictures, a glob or @list.txt")
+        yield from _going_on(_named(word, as_bytes), word, alone=len(words) == 1)
 
 
-def _from_standard_input(as_bytes: bool) -> Iterator[PictureSource]:
-    if as_bytes:
+def _named(word: str, as_bytes: bool) -> Iterator[PictureSource]:
+    if word == "-" and as_bytes:
         content = sys.stdin.buffer.read()
         yield PictureSource("-", partial(read_picture, io.BytesIO(content)))
-    else:
+    elif word == "-":
         yield from _in_list(line.rstrip("\r\n") for line in sys.stdin)
+    elif word.startswith("@") and not exists(word):
+        try:
+            text = Path(word[1:]).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{word[1:]} cannot be read as a list of paths ({error})") from None
+        yield from _in_list(text.splitlines())
+    elif exists(word):
+        yield from _at(word)
+    elif glob.has_magic(word):
+        found = sorted(path for path in glob.iglob(word, recursive=True) if Path(path).is_file())  # noqa: PTH207 — also absolute ones
+        if not found:
+            raise UserError(f"{word} matches no file")
+        yield from _in_list(found)
+    else:
+        raise UserError(f"{word} does not exist: give a picture, a folder of pictures, a glob or @list.txt")
 
 
-def _in_list(lines: Iterable[str]) -> Iterator[PictureSource]:
-    """The pictures of a list of paths; a line that names none is an error of that picture alone."""
-    for line in filter(str.strip, lines):
-        if Path(line).is_dir():
-            yield from _in_folder(line)
-        elif Path(line).exists():
-            yield from _in_file(line)
-        else:
-            yield PictureSource(line, partial(read_picture, line))
+def _in_list(paths: Iterable[str]) -> Iterator[PictureSource]:
+    for path in filter(str.strip, paths):
+        yield from _going_on(_at(path), path)
+
+
+def _going_on(sources: Iterator[PictureSource], name: str, alone: bool = False) -> Iterator[PictureSource]:
+    """The pictures that an entry of a list names; what is wrong with it is an error of that entry alone."""
+    found = False
+    try:
+        for source in sources:
+            yield source
+            found = True
+    except UserError as error:
+        if alone and not found:
+            raise
+        yield PictureSource(name, partial(_refuse, str(error).removeprefix(f"{name} ")))
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise UserError(reason)
+
+
+def exists(path: str) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - Path has an error for a name that is too long
+
+
+def _at(path: str) -> Iterator[PictureSource]:
+    if os.path.isdir(path):  # noqa: PTH112
+        yield from _in_folder(path)
+    elif Path(path).suffix.lower() in ARRAY_ENDINGS or "idx3-ubyte" in Path(path).name:
+        for name, array in _read_arrays(Path(path)):
+            yield from _in_array(name, array)
+    else:
+        yield PictureSource(path, partial(read_picture, path))
 
 
 def _in_folder(folder: str) -> Iterator[PictureSource]:
@@ -126,37 +148,44 @@ def pictures_below(folder: str | Path) -> list[str]:
 
 def _begins_as_picture(path: str) -> bool:
     try:
-        with Image.open(path, formats=FORMATS):
+        with Image.open(_regular(path), formats=FORMATS):
             return True
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
-def _in_file(path: str) -> Iterator[PictureSource]:
-    suffix = Path(path).suffix.lower()
-    if suffix in ARRAY_ENDINGS or "idx3-ubyte" in Path(path).name:
-        for name, array in _read_arrays(Path(path)):
-            yield from _in_array(name, array)
-    else:
-        yield PictureSource(path, partial(read_picture, path))
-
-
 def _read_arrays(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     """The arrays of a .npy, .npz or idx file with their names; mapped where that is possible."""
     try:
+        _regular(path)
         if path.suffix.lower() == ".npy":
             yield str(path), np.load(path, mmap_mode="r", allow_pickle=False)
         elif path.suffix.lower() == ".npz":
             with zipfile.ZipFile(path) as archive:
-                if any(record.file_size > MAXIMUM_ARRAY for record in archive.infolist()):
-                    raise ValueError(f"an array of more than {MAXIMUM_ARRAY:,} bytes")
+                for record in archive.infolist():
+                    if record.file_size > MAXIMUM_ARRAY:
+                        raise ValueError(f"an array of more than {MAXIMUM_ARRAY:,} bytes")
+                    _refuse_more_than_there_is(archive, record)
             with np.load(path, allow_pickle=False) as file:
                 for name in file.files:
-                    yield f"{path}:{name}", file[name]
+                    array = file[name]
+                    if not isinstance(array, np.ndarray):
+                        raise ValueError(f"{name} is no array")
+                    yield f"{path}:{name}", array
         else:
             yield str(path), _read_idx(path)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, SyntaxError, MemoryError) as error:
-        raise UserError(f"{path} holds no array that can be read ({error!s:.200})") from None
+    except Exception as error:  # numpy has no one error for a bad file
+        raise UserError(f"{path} holds no array that can be read ({first_line(error):.200})") from None
+
+
+def _refuse_more_than_there_is(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    """Raise ValueError where an array says that it is larger than its record: numpy takes the memory at once."""
+    with archive.open(record) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    if math.prod(shape) * max(dtype.itemsize, 1) > record.file_size or dtype.itemsize > record.file_size:
+        raise ValueError(f"{record.filename} is shorter than an array of {shape} is")
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
@@ -178,6 +207,10 @@ def _in_array(name: str, array: NDArray[Any]) -> Iterator[PictureSource]:
     is_one = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if not is_one and array.ndim not in (3, 4):
         raise UserError(f"{name} has shape {array.shape}: expected (H, W), (N, H, W) or (N, 1, 28, 28)")
+    if math.prod(array.shape[-3 if array.ndim > 2 and array.shape[-1] in (3, 4) else -2 :][:2]) > MAXIMUM_PIXELS:
+        raise UserError(f"{name} has shape {array.shape}; at most {MAXIMUM_PIXELS:,} pixels of a picture are read")
+    if not array.size:
+        raise UserError(f"{name} has shape {array.shape}: it holds no picture")
     if is_one:
         yield PictureSource(name, partial(np.asarray, array))
     else:
@@ -195,7 +228,7 @@ def read_picture(file: str | Path | io.BytesIO) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(file, formats=FORMATS)
+            picture = Image.open(file if isinstance(file, io.BytesIO) else _regular(file), formats=FORMATS)
             if picture.width * picture.height > MAXIMUM_PIXELS:
                 raise UserError(f"{picture.width}×{picture.height} pixels; at most {MAXIMUM_PIXELS:,} are read")
             with _without_stderr() if picture.format == "TIFF" else nullcontext():
@@ -208,7 +241,14 @@ def read_picture(file: str | Path | io.BytesIO) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError(f"is not a picture that can be read (expected {', '.join(FORMATS)})") from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        raise UserError(f"is not a picture that can be read ({first_line(error)})") from None
+        raise UserError(f"is not a picture that can be read ({first_line(error):.200})") from None
+
+
+def _regular(path: str | Path) -> str | Path:
+    """A path, if it is not that of a pipe or a device, which may have no end."""
+    if not os.path.isfile(path) and os.path.exists(path):  # noqa: PTH110, PTH113
+        raise UserError(f"{path} is no regular file")
+    return path
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 
 from mnist_cnn.config.architecture import Block
-from mnist_cnn.config.schema import UserError, nearest
+from mnist_cnn.config.schema import UserError, nearest, printable
 from mnist_cnn.config.settings import CONF, EXPERIMENT, OWNED_TRAINER_KEYS
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # no fault of the user's input
@@ -40,7 +40,7 @@ MEANT = {
 
 def refuse(reason: object, error: Exception | None = None) -> NoReturn:
     """End the command as the contract says for wrong input: one line on stderr, status 2; 1 where a disk is full."""
-    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(str(reason).split()))}", file=sys.stderr)
     raise SystemExit(1 if isinstance(error, OSError) and error.errno in NO_ROOM else 2)
 
 
@@ -89,6 +89,8 @@ def in_one_line(error: Exception, config_name: str) -> str:
         r"Could not (?:override|append to config|delete from config)[^'\n]*'([^'\n]+?)(?:@.*)?'", text
     ):
         return _unknown_key(match[1], config_name)
+    if text.startswith("Exceeds the limit"):  # Python's, of the digits of a number
+        return "a number on the command line has thousands of digits"
     if match := re.match(r"invalid literal for int\(\) with base 10: '(.+)'", text):  # of OmegaConf's
         return f"{match[1]}: a list's items have numbers, as in architecture.blocks.0.filters=32"
     if match := re.match(r"(?:Missing mandatory value|Structured config of type.*): (\S+)", text):

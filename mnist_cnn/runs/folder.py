@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, PACKAGE, Train
+from mnist_cnn.runs.strangers import read_mapping, require_known
 
 PACKAGES = ("mnist-cnn", "torch", "torchvision", "pytorch-lightning", "hydra-core")
 OLDEST = (0, 2)  # the first version whose runs and sweeps can be continued
@@ -83,8 +84,18 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     columns = columns or list(dict.fromkeys(key for row in rows for key in row))
     with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+        writer.writerow({name: cell(name) for name in columns})
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
+
+
+def cell(value: Any) -> Any:
+    """A value for a CSV file; text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if isinstance(value, str) and value[:1] in "=+-@\t\r" and len(value) > 1:
+        try:
+            float(value)
+        except ValueError:
+            return f"'{value}"
+    return value
 
 
 # --- config.yaml -------------------------------------------------------------------------------------------
@@ -108,7 +119,7 @@ def git_commit() -> str | None:
 def describe_run(folder: Path, config: Train, overrides: Sequence[str], choices: Mapping[str, Any]) -> None:
     """Write config.yaml: the resolved configuration, then what ran it; a resumed run may have grown in epochs."""
     if config.resume:
-        content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        content = read_mapping(folder / "config.yaml")
         if content["epochs"] != config.epochs:
             (folder / "metrics.json").unlink(missing_ok=True)  # it has not finished any more
             write_whole(folder / "config.yaml", yaml.safe_dump({**content, "epochs": config.epochs}, sort_keys=False))
@@ -144,13 +155,34 @@ def read_run(folder: Path) -> tuple[Train, dict[str, Any]]:
     """
     file = folder / "config.yaml"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_mapping(file)
         run = content.pop("run")
-        written_by = run["versions"]["mnist-cnn"]
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, UnicodeDecodeError, TypeError):
-        raise UserError(f"{folder} is not a run's folder: it has no config.yaml of mnist-train") from None
+        written_by, _ = run["versions"]["mnist-cnn"], {**run["choices"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f" ({error})" if isinstance(error, ValueError) else ""
+        raise UserError(f"{folder} is not a run's folder: it has no config.yaml of mnist-train{why}") from None
     refuse_old(folder, str(written_by))
-    return validated(Train, content), run
+    try:
+        return validated(Train, content), run
+    except RecursionError:
+        raise UserError(f"{file} is damaged: it is nested too deeply") from None
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What metrics.json holds.
+
+    Raises:
+        UserError: it is not there, or is damaged.
+    """
+    file = folder / "metrics.json"
+    try:
+        metrics = read_mapping(file, json.loads)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{error}; without it the run is finished anew") from None
+    numbers = all(value is None or type(value) in (int, float) for value in metrics.values())
+    if not numbers or metrics.get("fit_seconds") is None:
+        raise UserError(f"{file} is damaged; without it the run is finished anew")
+    return metrics
 
 
 # --- one process in a folder -------------------------------------------------------------------------------
@@ -261,7 +293,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         for place in (folder, folder / "checkpoints"):
             for path in place.glob(".mnist_cnn-*"):
-                if TEMPORARY.fullmatch(path.name):
+                if TEMPORARY.fullmatch(path.name) and (path.is_file() or path.is_symlink()):
                     path.unlink()
         yield
     finally:
@@ -284,6 +316,7 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
         UserError: an override differs from what the run began with; only `epochs` may grow.
     """
     stored, run = read_run(folder)
+    require_known(stored, config, folder)
     named = [override_key(word) for word in overrides]
     if differing := _differing(stored, config, run["choices"], dict(zip(named, overrides, strict=True))):
         raise UserError(f"resume={folder}: the run has {'; '.join(differing)}; leave that out or start a new run")
@@ -294,13 +327,12 @@ def resumed(config: Train, folder: Path, overrides: Sequence[str]) -> tuple[Trai
         raise UserError(f"resume={folder}: epochs cannot grow, as the run's schedule ends with epoch {stored.epochs}")
     moved = "data.root" in named or not Path(stored.data.root).is_dir()
     data = stored.data.model_copy(update={"root": config.data.root if moved else stored.data.root})
-    update: dict[str, Any] = {"resume": config.resume, "epochs": epochs, "data": data, "plots": config.plots}
-    for part in ("accelerator", "checkpoint"):
+    update: dict[str, Any] = {"resume": config.resume, "epochs": epochs, "data": data}
+    for part in ("accelerator", "checkpoint", "plots"):
         if any(key.startswith(part) for key in named):
             update[part] = getattr(config, part)
     finished = epochs == stored.epochs and (folder / "metrics.json").is_file()
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8")) if finished else {}
-    return stored.model_copy(update=update), metrics
+    return stored.model_copy(update=update), read_metrics(folder) if finished else {}
 
 
 def _differing(stored: Train, config: Train, choices: Mapping[str, Any], overrides: Mapping[str, str]) -> list[str]:

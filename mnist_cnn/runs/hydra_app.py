@@ -21,9 +21,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
-from omegaconf.errors import OmegaConfBaseException
 
-from mnist_cnn.config.schema import RunError, Strict, UserError, validated
+from mnist_cnn.config.schema import RunError, Strict, UserError, printable, validated
 from mnist_cnn.config.settings import Draw, Evaluate, Export, Import, Predict, Train
 from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.errors import in_one_line, refuse
@@ -59,16 +58,24 @@ OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 class Console(logging.StreamHandler[TextIO]):
     """What a user reads on stdout, what went wrong on stderr."""
 
+    lost: OSError | None = None  # why what was to be read is not
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """A reader that has gone, such as `head`, ends the output and not the work."""
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        else:
+        """A reader that has gone, such as `head`, or a full disk ends the output and not the work."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
             super().handleError(record)
+            return
+        if not isinstance(error, BrokenPipeError):
+            Console.lost = error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 # --- a command's configuration -----------------------------------------------------------------------------
@@ -122,7 +129,7 @@ class RunCallback(Callback):
                 elif config.hydra.output_subdir is not None:
                     folder = claim(Path(config.hydra.run.dir), chosen(config, "hydra.run.dir"))
                     config.hydra.run.dir = str(folder)
-        except (UserError, OSError, OmegaConfBaseException) as error:
+        except Exception as error:  # Hydra would warn of it and go on
             refuse(in_one_line(error, name), error)
 
 
@@ -270,6 +277,8 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # no name of a file or a class is lost for its letters
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     words = literal_paths(sys.argv[1:])
     if "--version" in words:
         print(", ".join(f"{name} {number}" for name, number in versions().items()))
@@ -296,6 +305,7 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
             refuse(in_one_line(error, config_name))
         Console().handle(logging.makeLogRecord({"msg": shown, "levelno": logging.INFO}))
         raise SystemExit(0)
+    sys.excepthook = lambda *error: print(printable("".join(traceback.format_exception(*error))), file=sys.stderr)
     logging.raiseExceptions = False  # a log that finds no room on the disk prints no traceback
     try:
         task()
@@ -311,4 +321,11 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
         raise SystemExit(130) from None
     finally:
         release_all()
+    if Console.lost:
+        refuse(f"the output could not be written: {Console.lost.strerror}", Console.lost)
     raise SystemExit(0)
+
+
+def _terminated(*_: Any) -> NoReturn:
+    """At SIGTERM what is half written is taken away, as at Ctrl-C."""
+    raise SystemExit(128 + signal.SIGTERM)

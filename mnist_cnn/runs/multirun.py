@@ -5,7 +5,6 @@ Hydra's sweeper and launchers run the jobs; what a job has done is read from its
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -13,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,8 +30,8 @@ from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs import hydra_app
 from mnist_cnn.runs.errors import in_one_line, refuse
-from mnist_cnn.runs.folder import claim, override_key, release, write_csv
-from mnist_cnn.runs.hydra_app import chosen, job_title, literal, plain_job
+from mnist_cnn.runs.folder import claim, override_key, read_metrics, release, write_csv
+from mnist_cnn.runs.hydra_app import chosen, job_title, literal, plain_job, user_config_dir
 from mnist_cnn.runs.machine import GPUS, cores, visible_gpus
 from mnist_cnn.runs.sweep_record import RECORD, Job, continued, job_overrides, require_same, write_record
 
@@ -213,7 +213,10 @@ def with_own_threads(settings: Train) -> Train:
 
 def state(folder: Path) -> str:
     """What a job has left in its folder: `finished`, `failed`, `interrupted` or `not begun`."""
-    for file, name in (("metrics.json", "finished"), ("error.txt", "failed"), ("config.yaml", "interrupted")):
+    with suppress(UserError):  # a damaged one is none
+        read_metrics(folder)
+        return "finished"
+    for file, name in (("error.txt", "failed"), ("config.yaml", "interrupted")):
         if (folder / file).is_file():
             return name
     return "not begun"
@@ -245,7 +248,7 @@ def report_end(folder: Path, title: str) -> None:
         log.error("error: %s: %s", title, failure(folder))
         return
     if how == "finished":
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_metrics(folder)
         test = f"test accuracy {metrics['test/accuracy']:.2%}, " if metrics.get("test/accuracy") is not None else ""
         how = f"{test}{metrics['fit_seconds']:.1f} s"
     log.info("%s: %s", title, how)
@@ -260,7 +263,7 @@ def conclude(sweep: Sweep) -> list[dict[str, Any]]:
         if (how := state(job.folder)) == "not begun":
             continue
         finished = how == "finished"
-        metrics = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8")) if finished else {}
+        metrics = read_metrics(job.folder) if finished else {}
         row: dict[str, Any] = {
             "job": str(job.folder.relative_to(sweep.folder)),
             "overrides": " ".join(job_overrides(job.overrides)),
@@ -323,4 +326,6 @@ def report_stop(sweep: Sweep) -> None:
 
 
 def continue_line(sweep: Sweep) -> str:
-    return f"; continue with: mnist-train -m {shlex.quote(f'multirun.resume={sweep.folder.absolute()}')}"
+    config_dir = user_config_dir(sweep.config.hydra)
+    flag = f" --config-dir {shlex.quote(config_dir)}" if config_dir else ""
+    return f"; continue with: mnist-train -m{flag} {shlex.quote(f'multirun.resume={sweep.folder.absolute()}')}"

@@ -11,13 +11,24 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from mnist_cnn.config.schema import Strict, UserError
+from mnist_cnn.config.schema import Strict, UserError, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs.folder import override_key, read_run, refuse_old, write_whole
 from mnist_cnn.runs.hydra_app import literal, parsed, user_config_dir
+from mnist_cnn.runs.strangers import AGAIN, read_mapping, require_plain
 
 RECORD = "sweep.yaml"  # the sweep's command
 OF_THE_COMMAND = ("fail_fast", "multirun.resume")  # these overrides change no job
+
+
+class Record(Strict):
+    """What it holds."""
+
+    version: str
+    overrides: list[str]
+    hydra: list[str]
+    config_dir: str | None
+    working_folder: str
 
 
 class Job(NamedTuple):
@@ -54,14 +65,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     for file in (RECORD, "multirun.yaml"):
         try:
-            record = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
-            if file == RECORD and isinstance(record["overrides"], list):
-                return record
+            record = read_mapping(folder / file)
+            if file == RECORD:
+                return validated(Record, record).model_dump()
             if record["hydra"]["job"]["config_name"] == "train":  # Hydra's, of a version that wrote none of its own
                 for job in folder.glob("*/config.yaml"):
                     read_run(job.parent)
                 refuse_old(folder, "0.1.0")
-        except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        except (OSError, KeyError, TypeError):
             continue
     raise UserError(f"{folder} is not a sweep's folder: it has no {RECORD} of mnist-train -m")
 
@@ -115,7 +128,7 @@ def continued(words: list[str]) -> list[str]:
     """The command line with `multirun.resume=FOLDER` written out: the sweep's own overrides, in its own folder.
 
     Raises:
-        UserError: FOLDER is no sweep's.
+        UserError: FOLDER is no sweep's, or has more than plain values that the command line does not give again.
     """
     arguments = parsed(words)
     ours = {override_key(word): word for word in arguments.overrides}
@@ -129,15 +142,18 @@ def continued(words: list[str]) -> list[str]:
     folder = Path(str(named)).absolute()
     record = read_record(folder)
     flags = ["--multirun"]
-    if config_dir := arguments.config_dir or record["config_dir"]:
-        flags += ["--config-dir", str(Path(config_dir).absolute())]
+    if arguments.config_dir:
+        flags += ["--config-dir", str(Path(arguments.config_dir).absolute())]
+    elif record["config_dir"]:
+        raise UserError(f"{folder} has --config-dir {record['config_dir']}, which {AGAIN}")
     if Path(record["working_folder"]).is_dir():
         os.chdir(record["working_folder"])  # relative paths in the sweep's overrides mean what they meant
     theirs = {
         override_key(word): word
         for word in [*record["overrides"], *record["hydra"]]
-        if override_key(word) != "hydra.mode"
+        if override_key(word) not in ("hydra.mode", "hydra.sweep.dir")
     }
     if "hydra/launcher" in ours:  # without the settings of the one before
         theirs = {key: word for key, word in theirs.items() if not key.startswith("hydra.launcher.")}
+    require_plain((word for key, word in theirs.items() if key not in ours), folder)
     return [*flags, *{**theirs, **ours, "hydra.sweep.dir": literal("hydra.sweep.dir", str(folder))}.values()]

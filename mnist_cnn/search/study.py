@@ -29,10 +29,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
-from mnist_cnn.config.schema import RunError, UserError
-from mnist_cnn.config.study_settings import SweepSettings
+from mnist_cnn.config.schema import RunError, UserError, validated
+from mnist_cnn.config.study_settings import StudyFile, SweepSettings
 from mnist_cnn.runs.folder import write_whole
 from mnist_cnn.runs.hydra_app import flat
+from mnist_cnn.runs.strangers import read_mapping
 from mnist_cnn.search.space import SWEEP_KEYS, Space, of_the_machine
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -124,11 +125,15 @@ def storage_error(error: BaseException | None) -> BaseException | None:
 def read_study_file(folder: Path) -> dict[str, Any]:
     """What finds the study of a folder again: name, metric, storage, retries and the user's --config-dir."""
     try:
-        about = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))
-        known = {key: about[key] for key in ("study", "metric", "storage", "retries")}
-        return {**known, "config_dir": about.get("config_dir")}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        about = read_mapping(folder / STUDY)
+    except OSError:
         raise UserError(f"{folder} is not a study's folder: it has no {STUDY} of mnist-sweep") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    try:
+        return validated(StudyFile, about).model_dump()
+    except UserError as error:
+        raise UserError(f"{folder / STUDY} is damaged: {error}") from None
 
 
 # --- the study -----------------------------------------------------------------------------------------------

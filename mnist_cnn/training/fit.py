@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -76,6 +76,8 @@ def fit(
     if config.resume:
         config, finished = resumed(config, folder, overrides)
         if finished:
+            with suppress(OSError, UserError), alone_in(folder):  # a kill may have left its lock; the folder read-only
+                pass
             log.info("%s has finished already: nothing was changed", folder)
             return finished
     # Of several machines only that of rank 0 has the folder, and which it is shows later.
@@ -133,11 +135,12 @@ def run(
         return {}
     if not module.history:
         raise UserError("nothing was trained: trainer.limit_train_batches leaves no batch")
-    write_csv(folder / "metrics.csv", module.history)  # where a run continued after its last epoch
     before = sum(row["seconds"] for row in module.history) - (module.last_step - module.first_step)
     earlier = max(before, 0.0) if checkpoint else 0.0  # seconds of what was trained before this start
     seconds = {"fit": earlier + time.perf_counter() - start, "train": earlier + module.last_step - module.first_step}
-    return evaluated(config, folder, data, module, trainer, device, seconds)
+    with clear_failures(folder, config, network):
+        write_csv(folder / "metrics.csv", module.history)  # where a run continued after its last epoch
+        return evaluated(config, folder, data, module, trainer, device, seconds)
 
 
 def evaluated(

@@ -15,6 +15,7 @@ import torch
 
 from fuzzing.configurations import configuration, overrides
 from fuzzing.files import checkpoint, checkpoint_content, idx, junk, mutations, picture, whole_pictures
+from fuzzing.strangers import STRANGERS
 
 SECONDS, MEBIBYTES = 2, 500  # that an example may take
 
@@ -32,6 +33,7 @@ PROPERTIES = {
             junk,
         ),
     ),
+    **STRANGERS,
 }
 
 
