@@ -124,7 +124,7 @@ def read_digits(source: PictureSource, classifier: Classifier, config: Predict, 
     number = "".join(digit.label for digit in digits)
     read = [DigitRead(name, [one.image], "", None, number, " ".join(map(str, one.box))) for one in digits]
     if drawing:
-        read[0] = read[0]._replace(thumbnail=digits_in_boxes(picture, digits, classifier.unsure_below))
+        read[0] = read[0]._replace(thumbnail=digits_in_boxes(picture, digits))
     return read
 
 
@@ -163,7 +163,7 @@ def thumbnail(picture: Any) -> NDArray[np.uint8]:
     return np.asarray(ImageOps.pad(as_seen(picture), (112, 112), color=(200, 200, 200)))
 
 
-def digits_in_boxes(picture: Any, digits: list[Digit], unsure_below: float) -> NDArray[np.uint8]:
+def digits_in_boxes(picture: Any, digits: list[Digit]) -> NDArray[np.uint8]:
     """A picture of any kind with each digit's box and label, `?` where it is unsure, on grey, uint8 (600, 800, 3)."""
     import numpy as np
     from PIL import ImageDraw, ImageOps
@@ -177,7 +177,7 @@ def digits_in_boxes(picture: Any, digits: list[Digit], unsure_below: float) -> N
         draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=(220, 0, 0), width=2)
         size = min(40, max(14, 0.4 * (bottom - top)))
         place, anchor = ((left, top - 6), "ls") if top > size else ((left, bottom + 6), "lt")
-        text = digit.label + "?" * (digit.probability < unsure_below)
+        text = digit.label + "?" * digit.unsure
         draw.text(place, text, fill=(220, 0, 0), font_size=size, anchor=anchor)
     return np.asarray(ImageOps.pad(shown, (800, 600), color=(200, 200, 200)))
 

@@ -23,10 +23,12 @@ from mnist_cnn.models.device import find_device
 from mnist_cnn.models.onnx_file import checked
 from mnist_cnn.pictures.digit_image import readings_for
 from mnist_cnn.pictures.image_files import read_picture
+from mnist_cnn.pictures.ink import NOISE
 from mnist_cnn.pictures.several import Box, best_reading, find_candidates
 
 Picture = str | Path | Image.Image | NDArray[np.generic] | Tensor
 Pictures = Picture | Sequence[Picture]
+LIKELY = 0.5  # an answer of a lower probability is none
 MAXIMUM_FILE = 2**29  # bytes of an .onnx or .safetensors file
 
 
@@ -39,12 +41,16 @@ class Member(NamedTuple):
 
 
 class Digit(NamedTuple):
-    """A digit that was found in a picture, what the network saw of it, uint8 (28, 28), and its box in the picture."""
+    """A digit that was found in a picture, its box there, and what the network saw of it, uint8 (28, 28)."""
 
     label: str
     probability: float
-    image: NDArray[np.uint8]
+    unsure: bool
     box: Box
+    image: NDArray[np.uint8]
+
+    def __repr__(self) -> str:
+        return f"Digit({self.label}, {self.probability:.4f}{', unsure' * self.unsure}, at {self.box})"
 
 
 class Classifier:
@@ -64,8 +70,8 @@ class Classifier:
 
     @property
     def unsure_below(self) -> float:
-        """The probability below which an answer is no answer: `mnist-evaluate calibrate=true` finds it; else 0."""
-        return max(member.description.unsure_below for member in self.members)
+        """The probability below which an answer is no answer: `mnist-evaluate calibrate=true` finds it; else 0.5."""
+        return max(member.description.unsure_below or LIKELY for member in self.members)
 
     @property
     def network(self) -> ConvNet:
@@ -123,8 +129,12 @@ class Classifier:
         images, probabilities = self.surest([[one.image] for one in candidates if one.image is not None])
         found = best_reading(candidates, probabilities)
         boxes = [one.box for one in candidates if one.image is not None]
+        if probabilities[found].max() < LIKELY:  # letters, or the paper's grain
+            raise UserError(NOISE)
         return [
-            Digit(self.classes[row.argmax()], float(row.max()), image, boxes[index])
+            Digit(
+                self.classes[row.argmax()], float(row.max()), bool(row.max() < self.unsure_below), boxes[index], image
+            )
             for index, image, row in zip(found, images[found, 0], probabilities[found], strict=True)
         ]
 

@@ -119,10 +119,11 @@ def find_candidates(picture: Image.Image | NDArray[Any]) -> list[Candidate]:
     lines = [[part for piece in line for part in cut(piece, labels, typical)] for line in lines]
     candidates = digit_candidates(ink, labels, lines, typical)
     scale = getattr(picture, "info", {}).get("reduced_by", 1)
-    return [
-        one._replace(box=tuple(scale * (at + factor * edge) for at, edge in zip((left, top) * 2, one.box, strict=True)))
-        for one in candidates
-    ]
+    found = []
+    for one in candidates:
+        at = scale * (np.array((left, top) * 2) + factor * np.array(one.box))
+        found.append(one._replace(box=tuple(at.astype(int).tolist())))
+    return found
 
 
 def best_reading(candidates: Sequence[Candidate], probabilities: NDArray[np.float32]) -> list[int]:
@@ -153,7 +154,8 @@ def components(labels: NDArray[np.int32]) -> list[Piece]:
     height, width = labels.shape
     sides = {p: (p.left == 0) + (p.top == 0) + (p.right == width) + (p.bottom == height) for p in found}
     inside = [piece for piece in found if not sides[piece]]
-    if max((piece.height for piece in inside), default=0) < MINIMUM_HEIGHT:
+    highest = max((piece.height for piece in found), default=0)
+    if max((piece.height for piece in inside), default=0) < max(MINIMUM_HEIGHT, TALL * highest):
         inside = found
     tallest = max((piece.height for piece in inside), default=0)
     beside = [piece for piece in inside if piece.height >= TALL * tallest]
