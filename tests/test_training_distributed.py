@@ -21,6 +21,7 @@ SETTINGS = ("data=digits", "plots=false", "data.batch_size=64", "architecture=co
 SETTINGS += ("augmentation=none",)  # each rank draws its own numbers
 TWO = "accelerator.devices=2"
 SECONDS_TO_END = 40
+AGAIN = "optimizer._target_=disturbed.Adam"  # of one's own: a resumed run is given it again
 
 
 def apart(first, second):
@@ -42,7 +43,7 @@ def ranks():
 def disturbing(tmp_path, signum, at, rank=1, pid=0):
     """Words by which a rank sends a signal in its step `at`."""
     words = {"signum": int(signum), "at": at, "rank": rank, "pid": pid, "done": tmp_path / "disturbed"}
-    return ("optimizer._target_=disturbed.Adam", *(f"+optimizer.{key}={value}" for key, value in words.items()))
+    return (AGAIN, *(f"+optimizer.{key}={value}" for key, value in words.items()))
 
 
 def test_two_ranks_in_a_sweep_make_the_steps_of_one_process(run, tmp_path):
@@ -69,7 +70,7 @@ def test_two_ranks_in_a_sweep_make_the_steps_of_one_process(run, tmp_path):
 
 def test_a_killed_rank_ends_the_run_and_any_number_goes_on(run, tmp_path):
     words = (*SETTINGS, "epochs=2", "schedule=onecycle")
-    whole = run("mnist-train", *words, "optimizer._target_=disturbed.Adam").folder()
+    whole = run("mnist-train", *words, AGAIN).folder()
     disturb = disturbing(tmp_path, signal.SIGKILL, 26)
     before = time.monotonic()
     ended = run("mnist-train", *words, *disturb, TWO, "hydra.run.dir=run")
@@ -79,7 +80,7 @@ def test_a_killed_rank_ends_the_run_and_any_number_goes_on(run, tmp_path):
     assert len(read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")[1].history) == 1
     os.system(f"cp -r {tmp_path}/run {tmp_path}/alone")
     for folder, devices in (("run", 2), ("alone", 1)):
-        ended = run("mnist-train", f"resume={folder}", f"accelerator.devices={devices}")
+        ended = run("mnist-train", f"resume={folder}", AGAIN, f"accelerator.devices={devices}")
         assert (ended.status, ended.err) == (0, "")
         assert metrics(tmp_path / folder)["epochs"] == 2
         assert apart(weights(whole), weights(tmp_path / folder)) <= 1e-4
@@ -90,7 +91,7 @@ def test_a_signal_to_the_command_saves_and_both_numbers_of_ranks_go_on(run, tmp_
     """Within the second epoch; as many ranks go on to the same bits, dropout and averages included."""
     words = (*SETTINGS, "epochs=2", "ema_decay=0.8", "architecture.dense=[{units:16,dropout:0.5}]")
     whole = tmp_path / "whole"
-    assert run("mnist-train", *words, "optimizer._target_=disturbed.Adam", TWO, f"hydra.run.dir={whole}").status == 0
+    assert run("mnist-train", *words, AGAIN, TWO, f"hydra.run.dir={whole}").status == 0
     disturb = disturbing(tmp_path, signal.SIGTERM, 26, rank=0, pid=os.getpid())
     ended = run("mnist-train", *words, *disturb, TWO, "hydra.run.dir=run")
     assert ended.status == 143
@@ -100,9 +101,9 @@ def test_a_signal_to_the_command_saves_and_both_numbers_of_ranks_go_on(run, tmp_
     assert 26 <= content["global_step"] < 42
     assert content["unfinished_epoch"]["seen"] == 64 * (content["global_step"] - 21)
     os.system(f"cp -r {tmp_path}/run {tmp_path}/alone")
-    assert run("mnist-train", "resume=run").status == 0
+    assert run("mnist-train", "resume=run", AGAIN).status == 0
     equal(whole, tmp_path / "run")
-    assert run("mnist-train", "resume=alone", "accelerator.devices=1").status == 0
+    assert run("mnist-train", "resume=alone", AGAIN, "accelerator.devices=1").status == 0
     rows = [[*csv.DictReader((folder / "metrics.csv").open())] for folder in (whole, tmp_path / "alone")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == ["21", "42"]
 

@@ -129,7 +129,7 @@ class Classifier:
         images, probabilities = self.surest([[one.image] for one in candidates if one.image is not None])
         found = best_reading(candidates, probabilities)
         boxes = [one.box for one in candidates if one.image is not None]
-        if probabilities[found].max() < LIKELY:  # letters, or the paper's grain
+        if self.description.unsure_below and probabilities[found].max() < LIKELY:  # the paper's grain
             raise UserError(NOISE)
         return [
             Digit(
