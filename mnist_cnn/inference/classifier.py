@@ -126,9 +126,9 @@ class Classifier:
     def read(self, picture: Picture) -> list[Digit]:
         """The digits of a picture of several, or of one, left to right and line by line; errors as of `predict`."""
         candidates = find_candidates(_opened(picture))
-        images, probabilities = self.surest([[one.image] for one in candidates if one.image is not None])
+        forms, boxes = zip(*((one.image, one.box) for one in candidates if one.image is not None), strict=True)
+        images, probabilities = self.surest([[form] for form in forms])
         found = best_reading(candidates, probabilities)
-        boxes = [one.box for one in candidates if one.image is not None]
         if self.description.unsure_below and probabilities[found].max() < LIKELY:  # the paper's grain
             raise UserError(NOISE)
         return [

@@ -66,8 +66,10 @@ def find_ink(pixels: NDArray[Any]) -> list[Ink]:
 def _crop_to_digit(pixels: NDArray[Any]) -> NDArray[Any]:
     """A large, evenly coloured picture cut down to its largest thing: averaging would lose a small digit."""
     factor = -(-max(pixels.shape[:2]) // WORKING_SIZE)
+    if factor == 1:
+        return pixels
     paper, even = _even_paper(pixels)
-    if factor == 1 or even <= 0.5:
+    if even <= 0.5:
         return pixels
     paper = paper.astype(pixels.dtype)
     difference = (np.maximum(pixels, paper) - np.minimum(pixels, paper)).max(-1)  # unsigned numbers do not go below 0
