@@ -508,6 +508,17 @@ def test_hostile_weights_are_refused(run, tmp_path, kind):
     assert not (tmp_path / "x.ckpt").exists()
 
 
+def test_a_file_on_which_hdf5_never_ends_is_refused(run, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File("model.h5", "w") as file:
+        file.attrs["model_config"] = "{}"
+        file.create_group("model_weights")
+    content = bytearray((tmp_path / "model.h5").read_bytes())
+    content[content.index(b"GCOL") + 8] = 255  # in the size of the heap that has the model's JSON
+    (tmp_path / "model.h5").write_bytes(content)
+    said(run("mnist-import", "keras=model.h5", "output=x.ckpt"), "model.h5", "HDF5 crashes on it, or takes too long")
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-320, float("inf")])
 def test_a_rescaling_that_leaves_no_numbers_is_refused(run, scale):
     layers = [keras.Input((28, 28, 1)), keras.layers.Rescaling(1.0), Flatten(), Dense(10, activation="softmax")]

@@ -5,7 +5,7 @@ Imports neither Keras nor torch.
 
 from __future__ import annotations
 
-import io
+import importlib.util
 import json
 import re
 import zipfile
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from mnist_cnn.config.architecture import IMAGE_SIZE, MAXIMUM_PARAMETERS, Architecture
 from mnist_cnn.config.schema import UserError, validated
+from mnist_cnn.models.hdf5_file import read_hdf5
 
 Array = NDArray[np.float32]
-MAXIMUM_CONFIG = 2**24  # bytes
+MAXIMUM_CONFIG, MAXIMUM_WEIGHTS = 2**24, 8 * MAXIMUM_PARAMETERS  # bytes
 TORCH_EPSILON = 1e-5  # of torch's batch norm
 # By Keras's names; relu is what an architecture has where a layer names none.
 ACTIVATIONS = {"relu": None, "tanh": "tanh", "sigmoid": "sigmoid", "gelu": "gelu", "silu": "silu", "swish": "silu"}
@@ -44,19 +45,18 @@ def read_keras(path: Path) -> ImportedNetwork:
     Raises:
         UserError: the file is damaged, or has a layer that `ConvNet` cannot express; the message names it.
     """
-    try:
-        import h5py
-    except ImportError:
-        raise UserError(f"keras={path} needs a package that is not installed: pip install 'mnist-cnn[keras]'") from None
+    if importlib.util.find_spec("h5py") is None:
+        raise UserError(f"keras={path} needs a package that is not installed: pip install 'mnist-cnn[keras]'")
     try:
         if zipfile.is_zipfile(path):
-            config, weights = _unzip(path)
-            with h5py.File(weights, "r") as file:
-                return convert(json.loads(config), file)
-        with h5py.File(path, "r") as file:
-            if "model_config" not in file.attrs:
-                raise UserError("it holds weights only; save the network with them, by model.save(...) in Keras")
-            return convert(json.loads(file.attrs["model_config"]), _own_member(file, "model_weights"))
+            config, content = _unzip(path)
+            return convert(json.loads(config), read_hdf5(content).arrays)
+        if path.stat().st_size > MAXIMUM_WEIGHTS:
+            raise UserError("it is larger than any network of this package")
+        config, weights = read_hdf5(path.read_bytes())
+        if not config:
+            raise UserError("it holds weights only; save the network with them, by model.save(...) in Keras")
+        return convert(json.loads(config), weights)
     except (OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a whole Keras model with its architecture ({reason:.200})") from None
@@ -66,19 +66,19 @@ def read_keras(path: Path) -> ImportedNetwork:
         raise UserError(f"{path}: {error}") from None
 
 
-def _unzip(path: Path) -> tuple[str, io.BytesIO]:
+def _unzip(path: Path) -> tuple[str, bytes]:
     """config.json and the weights of a .keras file; nothing larger than any network is unpacked."""
     with zipfile.ZipFile(path) as archive:
         config, weights = (archive.getinfo(name) for name in ("config.json", "model.weights.h5"))
-        if config.file_size > MAXIMUM_CONFIG or weights.file_size > 8 * MAXIMUM_PARAMETERS:
+        if config.file_size > MAXIMUM_CONFIG or weights.file_size > MAXIMUM_WEIGHTS:
             raise UserError("its records are larger than any network of this package")
         if weights.file_size > 100 * max(weights.compress_size, 1):
             raise UserError("it is compressed beyond what weights can be")
-        return archive.read(config).decode(), io.BytesIO(archive.read(weights))
+        return archive.read(config).decode(), archive.read(weights)
 
 
 class KerasLayer(NamedTuple):
-    """A layer as the model's JSON has it; its weights are at one of `places` in a .keras file."""
+    """A layer as the model's JSON has it; its weights are at one of `places`."""
 
     kind: str  # such as Conv2D
     name: str
@@ -111,48 +111,24 @@ def keras_layers(model: dict[str, Any]) -> list[KerasLayer]:
         # Keras 2.13 counts each layer with weights twice.
         groups = {"layers": number, "_layer_checkpoint_dependencies": 2 * number}
         places = [f"{place}/{snake}" + (f"_{count}" if count else "") for place, count in groups.items()]
-        layers.append(KerasLayer(kind, name, [*places, f"layers/{name}"], config))
+        layers.append(KerasLayer(kind, name, [*places, f"layers/{name}", name], config))
     return layers
 
 
-def read_weights(file: Any, layer: KerasLayer, *shapes: tuple[int, ...]) -> list[Array]:
-    """A layer's arrays in Keras's order from an h5 group, their shapes checked before they are read.
+def find_weights(weights: dict[str, list[Array]], layer: KerasLayer, *shapes: tuple[int, ...]) -> list[Array]:
+    """A layer's arrays, of these shapes.
 
     Raises:
-        UserError: an array is missing, has another shape, or is in another file, which is not followed.
+        UserError: an array is missing, or has another shape.
     """
-    if "layer_names" in file.attrs:  # .h5
-        group = _own_member(file, layer.name)
-        names = [name.decode() if isinstance(name, bytes) else str(name) for name in group.attrs["weight_names"]]
-        datasets = [_own_member(group, name) for name in names]
-    else:  # .keras
-        # On Windows, Keras wrote backslashes before 3.0.
-        places = [found for place in layer.places for found in (place, place.replace("/", "\\")) if found in file]
-        variables = _own_member(file, f"{[*places, layer.places[0]][0]}/vars")
-        datasets = [_own_member(variables, str(number)) for number in range(len(variables))]
-    if any(not hasattr(dataset, "shape") or dataset.is_virtual or dataset.external for dataset in datasets):
-        raise UserError(f"layer {layer.name} has weights outside this file")
-    found = [tuple(dataset.shape) for dataset in datasets]
-    if found != list(shapes):
+    arrays = next((weights[place] for place in layer.places if place in weights), [])
+    if (found := [array.shape for array in arrays]) != list(shapes):
         raise UserError(f"layer {layer.name} has weights of {found!s:.100}, expected {list(shapes)}")
-    if any(dataset.dtype.kind != "f" for dataset in datasets):  # of other kinds an item may take gigabytes
-        raise UserError(f"layer {layer.name} has weights that are no floating-point numbers")
-    return [np.asarray(dataset[()], np.float32) for dataset in datasets]
+    return arrays
 
 
-def _own_member(group: Any, path: str) -> Any:
-    """What an h5 group has at a path; links, which may lead to other files, are refused."""
-    import h5py
-
-    for part in path.split("/"):
-        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise UserError(f"{path:.100} is missing or is a link")
-        group = group[part]
-    return group
-
-
-def convert(model: dict[str, Any], weights: Any) -> ImportedNetwork:
-    """A model's JSON and the h5 group of its weights to a network.
+def convert(model: dict[str, Any], weights: dict[str, list[Array]]) -> ImportedNetwork:
+    """A model's JSON and the arrays of its file, by place, to a network.
 
     Raises:
         UserError: a layer is none of ConvNet's, or stands where ConvNet has none; the message names it.
@@ -166,8 +142,8 @@ def convert(model: dict[str, Any], weights: Any) -> ImportedNetwork:
 class KerasConverter:
     """Takes Keras's layers in order; `stage` says what may follow: blocks, dense, then the end."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
+    def __init__(self, arrays: dict[str, list[Array]]) -> None:
+        self.arrays = arrays
         self.blocks: list[dict[str, Any]] = []
         self.dense: list[dict[str, Any]] = []
         self.weights: dict[str, Array] = {}
@@ -252,7 +228,7 @@ class KerasConverter:
         self._set_activation(layer, block)
         self._architecture()  # refused before its weights are read
         shapes = [(kernel - odd, kernel - odd, self.channels, filters), *([(filters,)] if biased else [])]
-        values, *bias = read_weights(self.file, layer, *shapes)
+        values, *bias = find_weights(self.arrays, layer, *shapes)
         values = np.pad(values, [(odd, 0), (odd, 0), (0, 0), (0, 0)])
         name = f"blocks.{len(self.blocks) - 1}.0"
         self.weights[f"{name}.weight"] = values.transpose(3, 2, 0, 1).copy()
@@ -291,7 +267,7 @@ class KerasConverter:
         if layer.config.get("axis", -1) not in (-1, [-1], *((3, [3]) if self.stage == "blocks" else (1, [1]))):
             self._refuse(layer, f"has axis={layer.config['axis']!r:.60}")
         scale, center = (bool(layer.config.get(key, True)) for key in ("scale", "center"))
-        found = read_weights(self.file, layer, *[(size,)] * (2 + scale + center))
+        found = find_weights(self.arrays, layer, *[(size,)] * (2 + scale + center))
         gamma = found.pop(0) if scale else np.ones(size, np.float32)
         beta = found.pop(0) if center else np.zeros(size, np.float32)
         return gamma, beta, *found
@@ -333,7 +309,7 @@ class KerasConverter:
         self._set_activation(layer, self.dense[-1])
         self.stage = "end" if layer.config.get("activation") == "softmax" else "dense"
         self._architecture()  # refused before its weights are read
-        values, *bias = read_weights(self.file, layer, (features, units), *([(units,)] if biased else []))
+        values, *bias = find_weights(self.arrays, layer, (features, units), *([(units,)] if biased else []))
         bias = bias or [np.zeros(units, np.float32)]
         if self.norm:
             factor, shift = self.norm
