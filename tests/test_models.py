@@ -17,7 +17,7 @@ from mnist_cnn import load_classifier
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.data.datasets import load
 from mnist_cnn.models.checkpoint import FORMAT, Description, read_checkpoint, rebuild, save, save_weights
-from mnist_cnn.models.convnet import ConvNet, Dropout, summary
+from mnist_cnn.models.convnet import ConvNet, Dropout, OneChannelConv2d, summary
 
 
 def shipped(name):
@@ -85,7 +85,7 @@ def test_norm_padding_stride_and_dropout():
     block = {"filters": 8, "kernel": 3, "padding": 1, "stride": 2, "batch_norm": True, "pool": 2, "dropout": 0.1}
     network = ConvNet({"blocks": [block], "dense": [{"units": 5, "dropout": 0.5}, 7]}, classes=3)
     kinds = [type(module) for module in network.blocks[0]]
-    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, Dropout]
+    assert kinds == [OneChannelConv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, Dropout]
     assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 3)
     rows = network.specification.layers(classes=3)
     assert sum(row.parameters for row in rows) == network.parameter_count()
@@ -267,6 +267,22 @@ def test_onednns_layout_is_the_same_function_with_the_same_gradients(name):
     assert found[0][0].abs().max() > 0.05
     for plain, blocked in zip(*found, strict=True):
         torch.testing.assert_close(blocked, plain, atol=2e-5, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "bias"), [(5, 2, 2, True), (3, 1, 1, False), (4, 3, 0, True)])
+def test_the_first_convolutions_gradient_in_onednns_layout(kernel, stride, padding, bias):
+    torch.manual_seed(1)
+    ours = OneChannelConv2d(1, 6, kernel, stride, padding, bias=bias)
+    images = torch.randn(5, 1, 28, 28)
+    found = []
+    for x in (images, images.to_mkldnn()):
+        ours.zero_grad()
+        output = ours(x)
+        output = output.to_dense() if x.is_mkldnn else output
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        found.append([parameter.grad.clone() for parameter in ours.parameters()])
+    for plain, blocked in zip(*found, strict=True):
+        torch.testing.assert_close(blocked, plain, atol=1e-3, rtol=1e-4)
 
 
 def test_onednns_layout_takes_dropout_and_batch_norm():
