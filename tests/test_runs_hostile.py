@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,44 @@ def test_what_is_named_again_is_taken(run, stopped):
     said(run("mnist-train", f"resume={folder}", *again), "callbacks.own: a int is no callback of Lightning's")
 
 
+NAMED = {
+    "a target": ["optimizer._target_=disturbed.Adam", "modules=[mine]"],
+    "an own file": ["--config-dir", "own conf", "optimizer=mine"],
+    "a data set": ["data._target_=digits_again.load"],
+    "plain": ["optimizer=adam"],
+}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Code of the user's own in the folder."""
+    (tmp_path / "own conf" / "optimizer").mkdir(parents=True)
+    (tmp_path / "own conf" / "optimizer" / "mine.yaml").write_text(
+        "_target_: disturbed.Adam\n_partial_: true\nlr: 0.01\n"
+    )
+    (tmp_path / "digits_again.py").write_text(
+        "from mnist_cnn.data import datasets\n"
+        "def load():\n"
+        "    return *((i[:, 0].numpy(), t.numpy()) for i, t in datasets.load('digits', 'x')[:2]), range(10)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("sweep", [False, True], ids=["run", "sweep"])
+def test_the_line_that_continues_names_own_code_again(run, signalled, own, kind, sweep):
+    words = ["data=digits", *NAMED[kind], "epochs=1", "architecture=conv10", "plots=false"]
+    words += ["-m", "seed=1,2", "hydra.sweep.dir=a sweep", "fail_fast=true"] if sweep else ["hydra.run.dir=a run"]
+    signalled(signal.SIGINT, 3)
+    ended = run("mnist-train", *words)
+    assert ended.status == 130
+    lines = [shlex.split(line.partition("continue with: ")[2]) for line in ended.err.splitlines()]
+    assert len(lines) == 1 + sweep
+    for line in lines:
+        assert run(*line).status == 0
+    assert kind != "plain" or [len(line) for line in lines] == [2, 3][: 1 + sweep]
+
+
 DAMAGED = {
     "holds itself": ("a: &a [*a]\n", "it has aliases"),
     "nested": ("[" * 5000, "recursion"),
@@ -117,6 +156,18 @@ def test_a_strangers_sweep_runs_nothing(run, tmp_path, kind):
     (tmp_path / "sweep" / "sweep.yaml").write_text(yaml.safe_dump({**record, "overrides": "x"}))
     said(run("mnist-train", "-m", "multirun.resume=sweep"), "overrides='x': must be a valid list")
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["sweep.yaml"]
+
+
+def test_a_strangers_sweep_does_not_choose_where_python_runs(start, tmp_path):
+    """A process that starts there, as a rank, would import what lies there."""
+    (tmp_path / "sweep" / "w").mkdir(parents=True)
+    (tmp_path / "sweep" / "w" / "signal.py").write_text("open('../../marker', 'w')")
+    record = {"version": "0.2.0", "overrides": ["data=digits", "accelerator.devices=2"], "hydra": []}
+    record |= {"config_dir": None, "working_folder": "sweep/w"}
+    (tmp_path / "sweep" / "sweep.yaml").write_text(yaml.safe_dump(record))
+    words = ("-m", "mnist_cnn.train", "-m", "multirun.resume=sweep")
+    said(outcome(start(*words)), "sweep was begun in another folder: continue it there, after cd sweep/w")
+    assert not (tmp_path / "marker").exists()
 
 
 def change_overrides(study, *words):

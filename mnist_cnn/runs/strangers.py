@@ -87,10 +87,15 @@ def require_known(stored: Train, given: Train, folder: Path) -> None:
 def require_plain(words: Iterable[str], folder: Path) -> None:
     """Raise UserError where an override that a folder holds is more than a plain value for a key."""
     for word in words:
-        key = word.lstrip("+~").partition("=")[0]
-        hydra = key.startswith("hydra") and not PLAIN_HYDRA.fullmatch(word.lstrip("+"))
-        if hydra or "_target_" in word or re.search(r"\$\{.*:", word) or re.fullmatch(NAMING, key):
+        if not plain_override(word):
             raise UserError(f"{folder} has {word:.200}, which {AGAIN}")
+
+
+def plain_override(word: str) -> bool:
+    """Whether an override is taken from a folder, or has to be given again."""
+    key = word.lstrip("+~").partition("=")[0]
+    hydra = key.startswith("hydra") and not PLAIN_HYDRA.fullmatch(word.lstrip("+"))
+    return not (hydra or "_target_" in word or re.search(r"\$\{.*:", word) or re.fullmatch(NAMING, key))
 
 
 def _targets(value: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
