@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import outcome, said, wait_until
+from conftest import QUICK, outcome, said, wait_until
 
 from mnist_cnn.config.schema import printable
 from mnist_cnn.runs.folder import cell
@@ -199,6 +199,13 @@ def test_a_strangers_study_runs_nothing(run, tmp_path, swept, words, said_of):
     assert not (tmp_path / "study" / "retrain").exists()
 
 
+def test_a_strangers_word_that_hydra_refuses_is_one_line(run, tmp_path, swept):
+    shutil.copytree(swept, tmp_path / "study")
+    change_overrides(tmp_path / "study", "nonsense=1")
+    for verb in ("report", "retrain"):
+        said(run("mnist-sweep", f"{verb}=study"), "unknown key nonsense")
+
+
 def test_a_strangers_yaml_files_are_not_taken_from_a_study(run, tmp_path, swept):
     shutil.copytree(swept, tmp_path / "study")
     (tmp_path / "study" / "optimizer").mkdir()
@@ -207,6 +214,24 @@ def test_a_strangers_yaml_files_are_not_taken_from_a_study(run, tmp_path, swept)
     about = yaml.safe_load((tmp_path / "study" / "study.yaml").read_text())
     (tmp_path / "study" / "study.yaml").write_text(yaml.safe_dump({**about, "config_dir": str(tmp_path / "study")}))
     said(run("mnist-sweep", "retrain=study"), "optimizer._target_=os.system", AGAIN)
+
+
+def test_a_strangers_yaml_files_read_no_environment(run, tmp_path, swept, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cret")
+    shutil.copytree(swept, tmp_path / "study")
+    (tmp_path / "study" / "logger").mkdir()
+    (tmp_path / "study" / "logger" / "mine.yaml").write_text(yaml.safe_dump({"mine": MLFLOW}).replace("HOME", "SECRET"))
+    change_overrides(tmp_path / "study", "logger=mine")
+    about = yaml.safe_load((tmp_path / "study" / "study.yaml").read_text())
+    for config_dir, words in (
+        (str(tmp_path / "study"), ["logger.mine.tracking_uri with ${…:…}", AGAIN]),
+        ("${oc.env:SECRET}", ["study.yaml is damaged: config_dir", "without ${…}"]),
+    ):
+        (tmp_path / "study" / "study.yaml").write_text(yaml.safe_dump({**about, "config_dir": config_dir}))
+        for verb in ("report", "retrain"):
+            ended = run("mnist-sweep", f"{verb}=study")
+            assert (ended.status, "s3cret" in ended.out + ended.err) == (2, False), ended
+            assert all(word in ended.err for word in words)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +307,16 @@ def test_text_that_would_be_a_formula_is_none():
         assert cell(text) == text
 
 
+def test_a_log_shows_what_the_terminal_does(run, tmp_path):
+    (tmp_path / "a\x1b[31m").mkdir()
+    ended = run("mnist-train", *QUICK, "hydra.run.dir=a\x1b[31m/run")
+    assert ended.status == 0
+    log = (tmp_path / "a\x1b[31m" / "run" / "train.log").read_text()
+    for text in (ended.out, log):
+        assert r"a\x1b[31m/run" in text
+        assert "\x1b" not in text
+
+
 # --- a user's own folder ----------------------------------------------------------------------------------------
 
 
@@ -302,21 +337,32 @@ def test_pictures_that_were_left_out_stay_left_out(run, stopped):
     assert not (folder / "plots").exists()
 
 
-def test_a_finished_run_is_tidied_of_what_a_kill_left_and_may_be_read_only(run, trained, tmp_path, monkeypatch):
+def test_a_finished_run_is_tidied_of_what_a_kill_left(run, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / "checkpoints" / ".mnist_cnn-01234567-last.ckpt").touch()
     assert run("mnist-train", "resume=run").status == 0
     assert not list((tmp_path / "run").rglob(".*[!.hydra]"))
-    from mnist_cnn.runs import folder
 
-    def read_only(*_):
-        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(folder, "_lock", read_only)
-    ended = run("mnist-train", "resume=run")
-    assert (ended.status, ended.err) == (0, "")
-    assert "has finished already" in ended.out
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="of Linux")
+def test_a_finished_run_may_be_read_only(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    # The superuser may write all the same, unless this is taken from it.
+    bound = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    command = [*bound, sys.executable, "-m", "mnist_cnn.train", "resume=run"]
+    for words, status, said_of in (
+        ([], 0, "has finished already"),
+        (["epochs=4"], 2, "run cannot be written (Permission denied)"),
+    ):
+        ended = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path)
+        assert (ended.returncode, len((ended.stdout + ended.stderr).splitlines())) == (status, 1)
+        assert said_of in ended.stdout + ended.stderr
+    assert not (folder / ".lock").exists()
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
 
 
 def test_a_full_disk_while_pictures_are_drawn_names_file_and_remedy(run, tmp_path, monkeypatch):

@@ -296,7 +296,10 @@ def test_jobs_at_once_are_the_jobs_alone(run, start, tmp_path):
     wait_until(lambda: not processes(process.pid))  # joblib's tracker of resources ends a moment later
     assert "epoch 1/1" not in out
     line, last = err.splitlines()
-    assert re.fullmatch(r"1 of 2 jobs failed; continue with: mnist-train -m multirun.resume=\S+ optimizer._target_=disturbed.Noting", last)
+    assert re.fullmatch(
+        r"1 of 2 jobs failed; continue with: mnist-train -m multirun.resume=\S+ optimizer._target_=disturbed.Noting",
+        last,
+    )
     assert re.fullmatch(r"error: job 1 \(.* initialize=nowhere.*\): checkpoint nowhere does not exist.*", line)
     assert len(re.findall(r"^job 0 \(.*\): test accuracy [\d.]+%, [\d.]+ s$", out, flags=re.MULTILINE)) == 1
     finished, failed = table(tmp_path / "sweep").items()

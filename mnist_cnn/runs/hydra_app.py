@@ -12,6 +12,7 @@ import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -62,6 +63,14 @@ class Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+class LogFile(logging.FileHandler):
+    """A run's train.log; where it cannot be written, as in a folder that is only read, the work goes on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
 
 
 class Console(logging.StreamHandler[TextIO]):

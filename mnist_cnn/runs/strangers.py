@@ -111,11 +111,16 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value)) if isinstance(value, list) else not isinstance(value, dict)
 
 
+def ours_or_plain(value: Any) -> bool:
+    """Whether a value of a composed YAML has no `${resolver:…}`, by which the environment is read, or only ours."""
+    return not re.search(r"\$\{.*:", str(value)) or str(value) in _ours(r"\w+: (\$\{\S*\})")
+
+
 @cache
-def _ours() -> set[str]:
-    """The `_target_`s of our own YAML files."""
-    return {name for file in CONF.glob("*/*.yaml") for name in re.findall(r"_target_: ([\w.]+)", file.read_text())}
+def _ours(pattern: str) -> set[str]:
+    """What our own YAML files have, such as the names after `_target_`."""
+    return {found for file in CONF.glob("*/*.yaml") for found in re.findall(pattern, file.read_text())}
 
 
 def _is_known(target: str) -> bool:
-    return target in _ours() or re.fullmatch(LIBRARIES, target) is not None
+    return target in _ours(r"_target_: ([\w.]+)") or re.fullmatch(LIBRARIES, target) is not None
