@@ -155,6 +155,8 @@ def test_a_strangers_sweep_runs_nothing(run, tmp_path, kind):
     said(run("mnist-train", "-m", "multirun.resume=sweep"), words[-1], AGAIN)
     (tmp_path / "sweep" / "sweep.yaml").write_text(yaml.safe_dump({**record, "overrides": "x"}))
     said(run("mnist-train", "-m", "multirun.resume=sweep"), "overrides='x': must be a valid list")
+    (tmp_path / "sweep" / "sweep.yaml").write_text(yaml.safe_dump({**record, "config_dir": "${oc.env:HOME}"}))
+    said(run("mnist-train", "-m", "multirun.resume=sweep"), "--config-dir ${oc.env:HOME}", AGAIN)
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["sweep.yaml"]
 
 
