@@ -176,7 +176,7 @@ def conclude(shared: SharedStudy) -> None:
     Raises:
         RunError: no trial is complete.
     """
-    from mnist_cnn.search.report import figure, parameters, reason, state, write_report
+    from mnist_cnn.search.report import best_command, figure, parameters, reason, state, write_report
 
     log.info("writing the report")
     best, finished = write_report(shared), shared.finished()
@@ -185,7 +185,7 @@ def conclude(shared: SharedStudy) -> None:
         raise RunError(f"no trial of {shared.folder} is complete{why}")
     counts = shared.counts()
     log.info("%s", state(shared, counts.total() - counts["again"] - counts["surplus"]))
-    log.info("mnist-train --config-dir %s experiment=best", shared.folder)
+    log.info("%s", best_command(shared))
     log.info("best: trial %d  %s  %s", best.number, figure(shared, best.values[0]), parameters(best))
     log.info("%s", shared.folder)
 

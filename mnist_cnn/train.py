@@ -68,8 +68,8 @@ def job(config: DictConfig) -> Metrics | None:
                 log.info("%s has finished already: nothing was changed", folder)
                 return read_metrics(folder)
             settings = with_own_threads(settings)
-            if state(folder) == "interrupted":  # its own settings were compared before the sweep went on
-                settings, overrides = settings.model_copy(update={"resume": str(folder)}), []
+            if state(folder) == "interrupted":
+                settings = settings.model_copy(update={"resume": str(folder)})
         from mnist_cnn.training.fit import fit
 
         return fit(settings, folder, overrides, details.runtime.choices, silent=in_worker())

@@ -338,7 +338,7 @@ FILES = {
     ).save(path),
     "cut.jpg": lambda path, _: path.write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF\0"),
     "empty": lambda path, _: path.mkdir(),
-    "binary.txt": lambda path, _: path.write_bytes(b"\xff\xfe\xff"),
+    "binary.txt": lambda path, _: path.write_bytes(b"\xff\xfea\0"),
     "five.npy": array(np.zeros((1, 2, 3, 4, 5))),
     "line.npy": array(np.zeros((2, 0, 28), np.uint8)),
     "words.npy": array(np.array([["a", "b"]])),

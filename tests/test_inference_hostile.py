@@ -404,6 +404,19 @@ def test_a_bad_entry_of_a_list_is_an_error_of_it_alone(run, tmp_path, trained, d
     assert control
 
 
+def test_a_line_of_a_list_that_is_no_utf8_is_an_error_of_it_alone(run, tmp_path, trained, digit):
+    for name in (b"\xe9.png", "a\x85b.png".encode()):
+        shutil.copy(digit, os.fsencode(tmp_path) + b"/" + name)
+    (tmp_path / "list.txt").write_bytes(b"gone\xff.png\r\n\xe9.png\na\xc2\x85b.png\n\xff\n" + os.fsencode(digit))
+    ended = run("mnist-predict", f"checkpoint={trained}", "images=@list.txt", "output=x.csv")
+    assert ended.status == 1
+    assert ended.err == "error: gone\\xff.png does not exist\nerror: \\xff does not exist\n"
+    rows = list(csv.DictReader((tmp_path / "x.csv").open(encoding="utf-8")))
+    assert [bool(row["error"]) for row in rows] == [True, False, False, True, False]
+    shutil.copy(digit, tmp_path / "x.png")
+    said(run("mnist-predict", f"checkpoint={trained}", "images=@x.png"), "x.png cannot be read as a list of paths")
+
+
 def test_an_array_that_says_it_is_larger_than_its_file(run, tmp_path, trained):
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**10,)})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import outcome, said, wait_until
+from conftest import QUICK, outcome, said, wait_until
 
 from mnist_cnn.config.schema import printable
 from mnist_cnn.runs.folder import cell
@@ -70,6 +71,44 @@ def test_what_is_named_again_is_taken(run, stopped):
     said(run("mnist-train", f"resume={folder}", *again), "callbacks.own: a int is no callback of Lightning's")
 
 
+NAMED = {
+    "a target": ["optimizer._target_=disturbed.Adam", "modules=[mine]"],
+    "an own file": ["--config-dir", "own conf", "optimizer=mine"],
+    "a data set": ["data._target_=digits_again.load"],
+    "plain": ["optimizer=adam"],
+}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Code of the user's own in the folder."""
+    (tmp_path / "own conf" / "optimizer").mkdir(parents=True)
+    (tmp_path / "own conf" / "optimizer" / "mine.yaml").write_text(
+        "_target_: disturbed.Adam\n_partial_: true\nlr: 0.01\n"
+    )
+    (tmp_path / "digits_again.py").write_text(
+        "from mnist_cnn.data import datasets\n"
+        "def load():\n"
+        "    return *((i[:, 0].numpy(), t.numpy()) for i, t in datasets.load('digits', 'x')[:2]), range(10)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("sweep", [False, True], ids=["run", "sweep"])
+def test_the_line_that_continues_names_own_code_again(run, signalled, own, kind, sweep):
+    words = ["data=digits", *NAMED[kind], "epochs=1", "architecture=conv10", "plots=false"]
+    words += ["-m", "seed=1,2", "hydra.sweep.dir=a sweep", "fail_fast=true"] if sweep else ["hydra.run.dir=a run"]
+    signalled(signal.SIGINT, 3)
+    ended = run("mnist-train", *words)
+    assert ended.status == 130
+    lines = [shlex.split(line.partition("continue with: ")[2]) for line in ended.err.splitlines()]
+    assert len(lines) == 1 + sweep
+    for line in lines:
+        assert run(*line).status == 0
+    assert kind != "plain" or [len(line) for line in lines] == [2, 3][: 1 + sweep]
+
+
 DAMAGED = {
     "holds itself": ("a: &a [*a]\n", "it has aliases"),
     "nested": ("[" * 5000, "recursion"),
@@ -116,7 +155,21 @@ def test_a_strangers_sweep_runs_nothing(run, tmp_path, kind):
     said(run("mnist-train", "-m", "multirun.resume=sweep"), words[-1], AGAIN)
     (tmp_path / "sweep" / "sweep.yaml").write_text(yaml.safe_dump({**record, "overrides": "x"}))
     said(run("mnist-train", "-m", "multirun.resume=sweep"), "overrides='x': must be a valid list")
+    (tmp_path / "sweep" / "sweep.yaml").write_text(yaml.safe_dump({**record, "config_dir": "${oc.env:HOME}"}))
+    said(run("mnist-train", "-m", "multirun.resume=sweep"), "--config-dir ${oc.env:HOME}", AGAIN)
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["sweep.yaml"]
+
+
+def test_a_strangers_sweep_does_not_choose_where_python_runs(start, tmp_path):
+    """A process that starts there, as a rank, would import what lies there."""
+    (tmp_path / "sweep" / "w").mkdir(parents=True)
+    (tmp_path / "sweep" / "w" / "signal.py").write_text("open('../../marker', 'w')")
+    record = {"version": "0.2.0", "overrides": ["data=digits", "accelerator.devices=2"], "hydra": []}
+    record |= {"config_dir": None, "working_folder": "sweep/w"}
+    (tmp_path / "sweep" / "sweep.yaml").write_text(yaml.safe_dump(record))
+    words = ("-m", "mnist_cnn.train", "-m", "multirun.resume=sweep")
+    said(outcome(start(*words)), "sweep was begun in another folder: continue it there, after cd sweep/w")
+    assert not (tmp_path / "marker").exists()
 
 
 def change_overrides(study, *words):
@@ -148,6 +201,13 @@ def test_a_strangers_study_runs_nothing(run, tmp_path, swept, words, said_of):
     assert not (tmp_path / "study" / "retrain").exists()
 
 
+def test_a_strangers_word_that_hydra_refuses_is_one_line(run, tmp_path, swept):
+    shutil.copytree(swept, tmp_path / "study")
+    change_overrides(tmp_path / "study", "nonsense=1")
+    for verb in ("report", "retrain"):
+        said(run("mnist-sweep", f"{verb}=study"), "unknown key nonsense")
+
+
 def test_a_strangers_yaml_files_are_not_taken_from_a_study(run, tmp_path, swept):
     shutil.copytree(swept, tmp_path / "study")
     (tmp_path / "study" / "optimizer").mkdir()
@@ -156,6 +216,24 @@ def test_a_strangers_yaml_files_are_not_taken_from_a_study(run, tmp_path, swept)
     about = yaml.safe_load((tmp_path / "study" / "study.yaml").read_text())
     (tmp_path / "study" / "study.yaml").write_text(yaml.safe_dump({**about, "config_dir": str(tmp_path / "study")}))
     said(run("mnist-sweep", "retrain=study"), "optimizer._target_=os.system", AGAIN)
+
+
+def test_a_strangers_yaml_files_read_no_environment(run, tmp_path, swept, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cret")
+    shutil.copytree(swept, tmp_path / "study")
+    (tmp_path / "study" / "logger").mkdir()
+    (tmp_path / "study" / "logger" / "mine.yaml").write_text(yaml.safe_dump({"mine": MLFLOW}).replace("HOME", "SECRET"))
+    change_overrides(tmp_path / "study", "logger=mine")
+    about = yaml.safe_load((tmp_path / "study" / "study.yaml").read_text())
+    for config_dir, words in (
+        (str(tmp_path / "study"), ["logger.mine.tracking_uri with ${…:…}", AGAIN]),
+        ("${oc.env:SECRET}", ["study.yaml is damaged: config_dir", "without ${…}"]),
+    ):
+        (tmp_path / "study" / "study.yaml").write_text(yaml.safe_dump({**about, "config_dir": config_dir}))
+        for verb in ("report", "retrain"):
+            ended = run("mnist-sweep", f"{verb}=study")
+            assert (ended.status, "s3cret" in ended.out + ended.err) == (2, False), ended
+            assert all(word in ended.err for word in words)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +309,16 @@ def test_text_that_would_be_a_formula_is_none():
         assert cell(text) == text
 
 
+def test_a_log_shows_what_the_terminal_does(run, tmp_path):
+    (tmp_path / "a\x1b[31m").mkdir()
+    ended = run("mnist-train", *QUICK, "hydra.run.dir=a\x1b[31m/run")
+    assert ended.status == 0
+    log = (tmp_path / "a\x1b[31m" / "run" / "train.log").read_text()
+    for text in (ended.out, log):
+        assert r"a\x1b[31m/run" in text
+        assert "\x1b" not in text
+
+
 # --- a user's own folder ----------------------------------------------------------------------------------------
 
 
@@ -251,21 +339,32 @@ def test_pictures_that_were_left_out_stay_left_out(run, stopped):
     assert not (folder / "plots").exists()
 
 
-def test_a_finished_run_is_tidied_of_what_a_kill_left_and_may_be_read_only(run, trained, tmp_path, monkeypatch):
+def test_a_finished_run_is_tidied_of_what_a_kill_left(run, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / "checkpoints" / ".mnist_cnn-01234567-last.ckpt").touch()
     assert run("mnist-train", "resume=run").status == 0
     assert not list((tmp_path / "run").rglob(".*[!.hydra]"))
-    from mnist_cnn.runs import folder
 
-    def read_only(*_):
-        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(folder, "_lock", read_only)
-    ended = run("mnist-train", "resume=run")
-    assert (ended.status, ended.err) == (0, "")
-    assert "has finished already" in ended.out
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="of Linux")
+def test_a_finished_run_may_be_read_only(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    # The superuser may write all the same, unless this is taken from it.
+    bound = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    command = [*bound, sys.executable, "-m", "mnist_cnn.train", "resume=run"]
+    for words, status, said_of in (
+        ([], 0, "has finished already"),
+        (["epochs=4"], 2, "run cannot be written (Permission denied)"),
+    ):
+        ended = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path)
+        assert (ended.returncode, len((ended.stdout + ended.stderr).splitlines())) == (status, 1)
+        assert said_of in ended.stdout + ended.stderr
+    assert not (folder / ".lock").exists()
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
 
 
 def test_a_full_disk_while_pictures_are_drawn_names_file_and_remedy(run, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import sqlite3
 import time
@@ -254,7 +255,9 @@ def test_any_study_can_be_drawn(tmp_path, not_drawn):
         assert "&lt;a title&gt;" in (tmp_path / "report.html").read_text()
 
 
-def test_a_report_at_any_time_and_the_best_trained_again_without_the_users_folder(run, tmp_path, space, not_drawn):
+def test_a_report_at_any_time_and_the_best_trained_again_without_the_users_folder(
+    run, tmp_path, space, not_drawn, monkeypatch
+):
     command = space(optimizer__lr={"type": "float", "low": 0.001, "high": 0.003})
     (tmp_path / "own" / "architecture").mkdir()
     (tmp_path / "own" / "architecture" / "small.yaml").write_text(
@@ -264,11 +267,13 @@ def test_a_report_at_any_time_and_the_best_trained_again_without_the_users_folde
     for name in ("trials.csv", "experiment/best.yaml"):
         (tmp_path / "study" / name).unlink()
     not_drawn.undo()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
     before = files(tmp_path / "study" / "trials")
-    ended = run("mnist-sweep", "report=study")
+    ended = run("mnist-sweep", "report=../study")
     assert (ended.status, ended.err) == (0, "")
     assert "2 of 2 trials done" in ended.out
-    assert ended.folder() == Path("study")
+    assert ended.folder() == Path("../study")
     study = tmp_path / "study"
     names = {"study.yaml", "study.db", "trials", "trials.csv", "experiment", "report.html", "pictures"}
     assert {path.name for path in study.iterdir()} == names
@@ -278,9 +283,10 @@ def test_a_report_at_any_time_and_the_best_trained_again_without_the_users_folde
     page = (study / "report.html").read_text()
     assert page.count('class="plotly-graph-div"') == len(pictures)
     assert not re.search(r'<(script|link)[^>]+(src|href)="?http', page)
-    ended = run("mnist-train", "--config-dir", "study", "experiment=best", "plots=false")
+    line = next(line for line in ended.out.splitlines() if "experiment=best" in line)
+    ended = run(*shlex.split(line), "plots=false")
     assert metrics(ended.folder())["parameters"] == metrics(tmp_path / "study" / "trials" / "0000")["parameters"]
-    ended = run("mnist-sweep", "retrain=study")
+    ended = run("mnist-sweep", "retrain=../study")
     assert ended.status == 0, ended.err
     assert "seed 1 gives the trial's own figure again" in ended.out
     record = json.loads((tmp_path / "study" / "retrain.json").read_text())
@@ -288,7 +294,7 @@ def test_a_report_at_any_time_and_the_best_trained_again_without_the_users_folde
     assert len(scores) == 5
     assert record["test/accuracy mean"] == pytest.approx(sum(scores) / 5)
     done = files(tmp_path / "study" / "retrain")
-    assert run("mnist-sweep", "retrain=study").status == 0
+    assert run("mnist-sweep", "retrain=../study").status == 0
     checkpoints = {file: content for file, content in done.items() if file.suffix == ".ckpt"}
     assert checkpoints.items() <= files(tmp_path / "study" / "retrain").items()
     assert before == files(tmp_path / "study" / "trials")

@@ -61,6 +61,13 @@ def _storage(value: str | None) -> str | None:
     return value
 
 
+def _no_interpolation(value: str | None) -> str | None:
+    """Refuse what Hydra would fill in, as with a secret of the environment."""
+    if value is not None and "${" in value:
+        raise ValueError("config_dir: must be a folder, without ${…}")
+    return value
+
+
 class StudyFile(Strict):
     """What study.yaml in a study's folder holds."""
 
@@ -68,7 +75,7 @@ class StudyFile(Strict):
     metric: Literal["val/accuracy", "val/loss"]
     storage: Annotated[str | None, AfterValidator(_storage)]
     retries: int = Field(ge=0, le=1000)
-    config_dir: NonEmpty | None = None
+    config_dir: Annotated[NonEmpty | None, AfterValidator(_no_interpolation)] = None
 
 
 class SweepSettings(Train):

@@ -66,10 +66,12 @@ def _named(word: str, as_bytes: bool) -> Iterator[PictureSource]:
         yield from _in_list(line.rstrip("\r\n") for line in sys.stdin)
     elif word.startswith("@") and not exists(word):
         try:
-            text = Path(word[1:]).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(word[1:]).expanduser().read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError as error:
             raise UserError(f"{word[1:]} cannot be read as a list of paths ({error})") from None
-        yield from _in_list(text.splitlines())
+        if "\0" in text:
+            raise UserError(f"{word[1:]} cannot be read as a list of paths (it is binary)")
+        yield from _in_list(text.split("\n"))  # names may hold what else splitlines() takes for an end
     elif exists(word):
         yield from _at(word)
     elif glob.has_magic(word):

@@ -289,7 +289,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another one does.
     """
-    lock = None if folder.absolute() in _held else _lock(folder)
+    try:
+        lock = None if folder.absolute() in _held else _lock(folder)
+    except OSError as error:
+        raise unwritable(folder, error, "a run goes on in its own folder alone") from None
     try:
         for place in (folder, folder / "checkpoints"):
             for path in place.glob(".mnist_cnn-*"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -27,6 +29,7 @@ from mnist_cnn.config.settings import Draw, Evaluate, Export, Import, Predict, T
 from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.errors import in_one_line, refuse
 from mnist_cnn.runs.folder import claim, discard, override_key, read_run, release_all, versions, write_whole
+from mnist_cnn.runs.strangers import plain_override
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +58,29 @@ def folder_name(text: Any) -> str:
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
+class Printable(logging.Formatter):
+    """Lines as a terminal may show them, in a log's file too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class LogFile(logging.FileHandler):
+    """A run's train.log; where it cannot be written, as in a folder that is only read, the work goes on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+
 class Console(logging.StreamHandler[TextIO]):
     """What a user reads on stdout, what went wrong on stderr."""
 
     lost: OSError | None = None  # why what was to be read is not
 
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+        self.setFormatter(Printable())
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
@@ -112,6 +131,18 @@ def user_config_dir(hydra_config: Any) -> str | None:
         if source.provider == "command-line":
             return str(Path(source.path).absolute())
     return None
+
+
+def resume_command(folder: Path, overrides: Iterable[str]) -> str:
+    """The command that continues a run; all of its command line where that names what a folder alone may not."""
+    config_dir = user_config_dir(HydraConfig.get()) if HydraConfig.initialized() else None
+    words = [word for word in overrides if override_key(word) not in ("resume", "hydra.run.dir", "fail_fast")]
+    again = words if config_dir or not all(map(plain_override, words)) else []
+    return shlex.join(["mnist-train", *config_dir_flag(config_dir), f"resume={folder}", *again])
+
+
+def config_dir_flag(config_dir: str | None) -> list[str]:
+    return ["--config-dir", config_dir] if config_dir else []
 
 
 class RunCallback(Callback):

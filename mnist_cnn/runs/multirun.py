@@ -31,9 +31,19 @@ from mnist_cnn.config.settings import Train
 from mnist_cnn.runs import hydra_app
 from mnist_cnn.runs.errors import in_one_line, refuse
 from mnist_cnn.runs.folder import claim, override_key, read_metrics, release, write_csv
-from mnist_cnn.runs.hydra_app import chosen, job_title, literal, plain_job, user_config_dir
+from mnist_cnn.runs.hydra_app import chosen, config_dir_flag, job_title, literal, plain_job, user_config_dir
 from mnist_cnn.runs.machine import GPUS, cores, visible_gpus
-from mnist_cnn.runs.sweep_record import RECORD, Job, continued, job_overrides, require_same, write_record
+from mnist_cnn.runs.strangers import plain_override
+from mnist_cnn.runs.sweep_record import (
+    RECORD,
+    Job,
+    continued,
+    job_overrides,
+    read_record,
+    recorded_words,
+    require_same,
+    write_record,
+)
 
 log = logging.getLogger(__name__)
 
@@ -326,6 +336,7 @@ def report_stop(sweep: Sweep) -> None:
 
 
 def continue_line(sweep: Sweep) -> str:
-    config_dir = user_config_dir(sweep.config.hydra)
-    flag = f" --config-dir {shlex.quote(config_dir)}" if config_dir else ""
-    return f"; continue with: mnist-train -m{flag} {shlex.quote(f'multirun.resume={sweep.folder.absolute()}')}"
+    """The command that continues it, with what its folder alone may not name."""
+    words = [*config_dir_flag(user_config_dir(sweep.config.hydra)), f"multirun.resume={sweep.folder.absolute()}"]
+    again = [word for word in recorded_words(read_record(sweep.folder)).values() if not plain_override(word)]
+    return f"; continue with: {shlex.join(['mnist-train', '-m', *words, *again])}"

@@ -87,10 +87,15 @@ def require_known(stored: Train, given: Train, folder: Path) -> None:
 def require_plain(words: Iterable[str], folder: Path) -> None:
     """Raise UserError where an override that a folder holds is more than a plain value for a key."""
     for word in words:
-        key = word.lstrip("+~").partition("=")[0]
-        hydra = key.startswith("hydra") and not PLAIN_HYDRA.fullmatch(word.lstrip("+"))
-        if hydra or "_target_" in word or re.search(r"\$\{.*:", word) or re.fullmatch(NAMING, key):
+        if not plain_override(word):
             raise UserError(f"{folder} has {word:.200}, which {AGAIN}")
+
+
+def plain_override(word: str) -> bool:
+    """Whether an override is taken from a folder, or has to be given again."""
+    key = word.lstrip("+~").partition("=")[0]
+    hydra = key.startswith("hydra") and not PLAIN_HYDRA.fullmatch(word.lstrip("+"))
+    return not (hydra or "_target_" in word or re.search(r"\$\{.*:", word) or re.fullmatch(NAMING, key))
 
 
 def _targets(value: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,11 +111,16 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value)) if isinstance(value, list) else not isinstance(value, dict)
 
 
+def ours_or_plain(value: Any) -> bool:
+    """Whether a value of a composed YAML has no `${resolver:…}`, by which the environment is read, or only ours."""
+    return not re.search(r"\$\{.*:", str(value)) or str(value) in _ours(r"\w+: (\$\{\S*\})")
+
+
 @cache
-def _ours() -> set[str]:
-    """The `_target_`s of our own YAML files."""
-    return {name for file in CONF.glob("*/*.yaml") for name in re.findall(r"_target_: ([\w.]+)", file.read_text())}
+def _ours(pattern: str) -> set[str]:
+    """What our own YAML files have, such as the names after `_target_`."""
+    return {found for file in CONF.glob("*/*.yaml") for found in re.findall(pattern, file.read_text())}
 
 
 def _is_known(target: str) -> bool:
-    return target in _ours() or re.fullmatch(LIBRARIES, target) is not None
+    return target in _ours(r"_target_: ([\w.]+)") or re.fullmatch(LIBRARIES, target) is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from mnist_cnn.config.schema import Strict, UserError, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs.folder import override_key, read_run, refuse_old, write_whole
-from mnist_cnn.runs.hydra_app import literal, parsed, user_config_dir
+from mnist_cnn.runs.hydra_app import config_dir_flag, literal, parsed, user_config_dir
 from mnist_cnn.runs.strangers import AGAIN, read_mapping, require_plain
 
 RECORD = "sweep.yaml"  # the sweep's command
@@ -79,6 +79,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     raise UserError(f"{folder} is not a sweep's folder: it has no {RECORD} of mnist-train -m")
 
 
+def recorded_words(record: dict[str, Any]) -> dict[str, str]:
+    """The words of a sweep's command by their keys, but for those that make it a sweep in its folder."""
+    words = {override_key(word): word for word in [*record["overrides"], *record["hydra"]]}
+    return {key: word for key, word in words.items() if key not in ("hydra.mode", "hydra.sweep.dir")}
+
+
 def require_same(folder: Path, config: DictConfig, jobs: list[Job]) -> None:
     """Raise UserError, with what differs, where the command is not that of the sweep in `folder`."""
     theirs = job_overrides(read_record(folder)["overrides"])
@@ -141,19 +147,15 @@ def continued(words: list[str]) -> list[str]:
         raise UserError("multirun.resume names the sweep's folder: leave out hydra.sweep.dir")
     folder = Path(str(named)).absolute()
     record = read_record(folder)
-    flags = ["--multirun"]
-    if arguments.config_dir:
-        flags += ["--config-dir", str(Path(arguments.config_dir).absolute())]
-    elif record["config_dir"]:
+    if record["config_dir"] and not arguments.config_dir:
         raise UserError(f"{folder} has --config-dir {record['config_dir']}, which {AGAIN}")
-    if Path(record["working_folder"]).is_dir():
-        os.chdir(record["working_folder"])  # relative paths in the sweep's overrides mean what they meant
-    theirs = {
-        override_key(word): word
-        for word in [*record["overrides"], *record["hydra"]]
-        if override_key(word) not in ("hydra.mode", "hydra.sweep.dir")
-    }
+    # Relative paths in its overrides mean that folder. The user has to go there: of a stranger's, modules would be run.
+    begun = Path(record["working_folder"])
+    if begun.is_dir() and not begun.samefile(Path()):
+        raise UserError(f"{folder} was begun in another folder: continue it there, after cd {shlex.quote(str(begun))}")
+    theirs = recorded_words(record)
     if "hydra/launcher" in ours:  # without the settings of the one before
         theirs = {key: word for key, word in theirs.items() if not key.startswith("hydra.launcher.")}
     require_plain((word for key, word in theirs.items() if key not in ours), folder)
+    flags = ["--multirun", *config_dir_flag(arguments.config_dir)]
     return [*flags, *{**theirs, **ours, "hydra.sweep.dir": literal("hydra.sweep.dir", str(folder))}.values()]

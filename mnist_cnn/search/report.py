@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 from typing import Any
 
@@ -16,7 +17,7 @@ from mnist_cnn.config.settings import CONF
 from mnist_cnn.runs.folder import write_csv, write_whole
 from mnist_cnn.runs.hydra_app import text
 from mnist_cnn.search.plots import write_plots
-from mnist_cnn.search.space import NOT_SEARCHED, with_config_dir
+from mnist_cnn.search.space import NOT_SEARCHED, composed
 from mnist_cnn.search.study import SharedStudy, history_of
 
 log = logging.getLogger("mnist-sweep")
@@ -26,6 +27,10 @@ NOT_RECIPE = ("experiment", "accelerator", "logger")  # groups that best.yaml le
 
 def figure(shared: SharedStudy, value: float) -> str:
     return f"{value:.2%}" if shared.metric == "val/accuracy" else f"{value:.4f}"
+
+
+def best_command(shared: SharedStudy) -> str:
+    return shlex.join(["mnist-train", "--config-dir", str(shared.folder.resolve()), "experiment=best"])
 
 
 def seconds(trial: FrozenTrial) -> float:
@@ -108,7 +113,7 @@ def write_report(shared: SharedStudy) -> FrozenTrial | None:
     write_whole(
         shared.folder / "experiment" / "best.yaml",
         f"# @package _global_\n# {title}, in {best.user_attrs['folder']}.\n"
-        f"# mnist-train --config-dir {shared.folder} experiment=best\n"
+        f"# {best_command(shared)}\n"
         + yaml.safe_dump(
             experiment(best.user_attrs["overrides"], shared.config_dir), sort_keys=False, allow_unicode=True
         ),
@@ -146,7 +151,7 @@ def experiment(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
 
     An option of the user's own folder stands there whole, so that the recipe needs that folder no more.
     """
-    config = hydra.compose("train", with_config_dir(overrides, config_dir), return_hydra_config=True)
+    config = composed(overrides, config_dir)
     groups = {
         group: option
         for group, option in config.hydra.runtime.choices.items()

@@ -6,18 +6,21 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from omegaconf import OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mnist_cnn.config.schema import UserError, nearest, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.config.study_settings import Choices, FloatRange, IntRange, SweepSettings
 from mnist_cnn.runs.errors import in_one_line
 from mnist_cnn.runs.folder import override_key
-from mnist_cnn.runs.hydra_app import folder_name, literal, plain_job, text
+from mnist_cnn.runs.hydra_app import flat, folder_name, literal, plain_job, text, user_config_dir
+from mnist_cnn.runs.strangers import AGAIN, ours_or_plain
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -39,26 +42,45 @@ def trial_overrides(overrides: list[str]) -> list[str]:
     return [*given, *quiet, "test=false"]
 
 
-def with_config_dir(overrides: list[str], config_dir: str | None) -> list[str]:
-    """The overrides for a command that was not given the --config-dir which their options come from."""
-    if config_dir is None:
-        return overrides
-    return [*overrides, f"hydra.searchpath=[{literal('', f'file://{config_dir}')[1:]}]"]
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Hydra's errors of a wrong override, which have no common class, as a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(in_one_line(error, "train")) from None
 
 
+@in_words()
+def composed(overrides: list[str], config_dir: str | None) -> DictConfig:
+    """mnist-train's configuration with these overrides, Hydra's own part included.
+
+    Args:
+        overrides: of mnist-train.
+        config_dir: that a study was begun with, for a command that was not given it again.
+
+    Raises:
+        UserError: a YAML there takes a value from elsewhere, such as the environment: it may be a stranger's.
+    """
+    if config_dir is None or user_config_dir(HydraConfig.get()):
+        return hydra.compose("train", overrides, return_hydra_config=True)
+    search = f"hydra.searchpath=[{literal('', f'file://{config_dir}')[1:]}]"
+    config = hydra.compose("train", [*overrides, search], return_hydra_config=True)
+    job = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    if strange := [key for key, value in flat(job) if not ours_or_plain(value)]:
+        raise UserError(f"--config-dir {config_dir} has {strange[0]} with ${{…:…}}, which {AGAIN}")
+    return config
+
+
+@in_words()
 def compose(overrides: list[str], folder: Path = Path(), config_dir: str | None = None) -> tuple[Train, dict[str, Any]]:
     """mnist-train's configuration with these overrides, validated, and the options of its groups.
 
     Raises:
         UserError: it is none that mnist-train would take.
     """
-    try:
-        config = hydra.compose("train", with_config_dir(overrides, config_dir), return_hydra_config=True)
-        return validated(Train, plain_job(config, folder)), dict(config.hydra.runtime.choices)
-    except UserError:
-        raise
-    except Exception as error:  # Hydra has no common one for a wrong override
-        raise UserError(in_one_line(error, "train")) from None
+    config = composed(overrides, config_dir)
+    return validated(Train, plain_job(config, folder)), dict(config.hydra.runtime.choices)
 
 
 def override(key: str, value: Any) -> str:

@@ -22,7 +22,7 @@ from optuna.trial import Trial, TrialState
 from mnist_cnn.config.schema import RunError, UserError
 from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.folder import override_key, write_whole
-from mnist_cnn.runs.hydra_app import FILE_FORMAT
+from mnist_cnn.runs.hydra_app import FILE_FORMAT, Printable
 from mnist_cnn.runs.machine import threads_of_job, visible_gpus
 from mnist_cnn.search.space import Space, compose
 from mnist_cnn.search.study import SharedStudy, is_surplus, storage_error
@@ -216,7 +216,7 @@ def trial_log(folder: Path) -> Iterator[None]:
     """What a trial prints goes to its train.log, and not to the terminal."""
     with (folder / "train.log").open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter(FILE_FORMAT))
+        handler.setFormatter(Printable(FILE_FORMAT))
         package.addHandler(handler)
         package.propagate = False
         try:

@@ -31,7 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mnist_cnn.config.schema import NotFiniteError, RunError, UserError
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs.folder import discard
-from mnist_cnn.runs.hydra_app import FILE_FORMAT, Console
+from mnist_cnn.runs.hydra_app import FILE_FORMAT, Console, Printable
 from mnist_cnn.training.signals import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,14 @@ def strategy_for(config: Train) -> Any:
 
 
 def launch(
-    run: Callable[..., Any], config: Train, folder: Path, overrides: Sequence[str], choices: Mapping[str, Any]
+    run: Callable[..., Any],
+    config: Train,
+    folder: Path,
+    overrides: Sequence[str],
+    choices: Mapping[str, Any],
+    command: str,
 ) -> Any:
-    """Call `run(config, folder, overrides, choices, stop)` in each rank, and return what rank 0 returns.
+    """Call `run(config, folder, overrides, choices, command, stop)` in each rank, and return what rank 0 returns.
 
     Returns None where rank 0 is on another machine; this machine's folder is then taken away.
 
@@ -88,11 +93,13 @@ def launch(
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")  # a rank needs nothing of the user's script: it is not run again
     try:
-        results = elastic_launch(launcher, _rank)(run, config, folder, list(overrides), dict(choices), _handlers())
+        results = elastic_launch(launcher, _rank)(
+            run, config, folder, list(overrides), dict(choices), command, _handlers()
+        )
     except SignalException as stopped:
         raise Stopped(stopped.sigval) from None
     except ChildFailedError as error:
-        raise _failure(error, folder) from None
+        raise _failure(error, command) from None
     except RendezvousError as error:
         where = asked.rendezvous or "this machine"
         raise RunError(f"the {asked.num_nodes} machines did not find each other at {where} ({error})") from None
@@ -123,6 +130,7 @@ def _rank(
     folder: Path,
     overrides: list[str],
     choices: dict[str, Any],
+    resume: str,
     handlers: list[str | None],
 ) -> Any:
     """One of the ranks, in a process of its own."""
@@ -136,11 +144,11 @@ def _rank(
     if first:
         for name in handlers:
             handler = Console() if name is None else logging.FileHandler(name, encoding="utf-8", delay=True)
-            handler.setFormatter(logging.Formatter("%(message)s" if name is None else FILE_FORMAT))
+            handler.setFormatter(Printable("%(message)s" if name is None else FILE_FORMAT))
             logging.getLogger().addHandler(handler)
     torch.set_num_threads(max(1, torch.get_num_threads() // config.accelerator.devices))
     try:
-        return run(config, folder, overrides, choices, stop)
+        return run(config, folder, overrides, choices, resume, stop)
     except Stopped as stopped:
         if not command.is_alive():
             os._exit(1)  # torch elastic would wait for it to take the answer
@@ -157,11 +165,11 @@ def _end_with(command: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _failure(error: ChildFailedError, folder: Path) -> Exception:
+def _failure(error: ChildFailedError, command: str) -> Exception:
     """The error that a rank ended with; one that was killed comes first, as the others then fail because of it."""
     killed = [each for each in error.failures.items() if each[1].exitcode < 0 and each[1].signal_name() != "SIGTERM"]
     rank, failure = killed[0] if killed else error.get_first_failure()
-    remedy = f"continue from its last checkpoint with: mnist-train resume={folder}"
+    remedy = f"continue from its last checkpoint with: {command}"
     if killed:
         return RunError(f"rank {rank} was ended by {failure.signal_name()}, and the others with it; {remedy}")
     kind, _, text = _message(failure).partition(": ")

@@ -29,6 +29,7 @@ from mnist_cnn.models.checkpoint import rebuild, trust
 from mnist_cnn.models.convnet import ConvNet, summary
 from mnist_cnn.models.device import check_precision, find_device, keep_memory
 from mnist_cnn.runs.folder import alone_in, describe_run, refuse_occupied, resumed, write_csv, write_whole
+from mnist_cnn.runs.hydra_app import resume_command
 from mnist_cnn.training.callbacks import (
     BEST,
     LAST,
@@ -82,12 +83,13 @@ def fit(
             return finished
     # Of several machines only that of rank 0 has the folder, and which it is shows later.
     alone = alone_in(folder) if config.accelerator.num_nodes == 1 else nullcontext()
-    with alone, stop_on_signal(folder) as stop:
+    command = resume_command(folder, overrides)
+    with alone, stop_on_signal(folder, command) as stop:
         if not config.resume:
             refuse_occupied(folder)
         if is_data_parallel(config):
-            return launch(run, config, folder, overrides, choices) or {}
-        return run(config, folder, overrides, choices, stop, callbacks, silent)
+            return launch(run, config, folder, overrides, choices, command) or {}
+        return run(config, folder, overrides, choices, command, stop, callbacks, silent)
 
 
 def run(
@@ -95,11 +97,12 @@ def run(
     folder: Path,
     overrides: Sequence[str],
     choices: Mapping[str, Any],
+    command: str,
     stop: StopRequest,
     callbacks: Sequence[pl.Callback] = (),
     silent: bool = False,
 ) -> Metrics:
-    """What each rank does, and of a single process all there is."""
+    """What each rank does, and of a single process all there is; `command` is the one that continues the run."""
     device = prepare(config)
     data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
     data.setup()
@@ -122,7 +125,7 @@ def run(
 
     start = time.perf_counter()
     stop.training = True  # from here on a signal lets it finish its step and save
-    with clear_failures(folder, config, network):
+    with clear_failures(folder, config, network, command):
         (folder / "checkpoints").mkdir(exist_ok=True, parents=True)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     stop.training = False
@@ -138,7 +141,7 @@ def run(
     before = sum(row["seconds"] for row in module.history) - (module.last_step - module.first_step)
     earlier = max(before, 0.0) if checkpoint else 0.0  # seconds of what was trained before this start
     seconds = {"fit": earlier + time.perf_counter() - start, "train": earlier + module.last_step - module.first_step}
-    with clear_failures(folder, config, network):
+    with clear_failures(folder, config, network, command):
         write_csv(folder / "metrics.csv", module.history)  # where a run continued after its last epoch
         return evaluated(config, folder, data, module, trainer, device, seconds)
 
@@ -328,7 +331,7 @@ def trainer_for(
 
 
 @contextmanager
-def clear_failures(folder: Path, config: Train, network: ConvNet) -> Iterator[None]:
+def clear_failures(folder: Path, config: Train, network: ConvNet, command: str) -> Iterator[None]:
     """What goes wrong while a network trains in the user's words.
 
     Raises:
@@ -340,7 +343,7 @@ def clear_failures(folder: Path, config: Train, network: ConvNet) -> Iterator[No
     except OSError as error:
         reason = f"{error.filename or folder}: {error.strerror or error}"
         kept = (folder / "checkpoints" / LAST).exists()
-        remedy = f"its last checkpoint is whole; mend this, then continue with: mnist-train resume={folder}"
+        remedy = f"its last checkpoint is whole; mend this, then continue with: {command}"
         raise RunError(f"{reason}; {remedy if kept else 'no checkpoint was written yet'}") from None
     except MisconfigurationException as error:
         raise UserError(f"trainer or callbacks: {error}") from None

@@ -63,15 +63,15 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal(folder: Path) -> Iterator[StopRequest]:
-    """A signal ends the run in `folder` with the line that continues it, and status 128 + its number."""
+def stop_on_signal(folder: Path, command: str) -> Iterator[StopRequest]:
+    """A signal ends the run in `folder` with the command that continues it, and status 128 + its number."""
     stop = StopRequest()
     stop.install()
     try:
         yield stop
     except Stopped as stopped:
         begun = (folder / "config.yaml").exists()
-        how = f"continue with: mnist-train resume={folder}" if begun else "nothing was begun"
+        how = f"continue with: {command}" if begun else "nothing was begun"
         log.error("stopped by %s; %s", signal.Signals(stopped.signum).name, how)
         if stopped.signum in QUEUE_SIGNALS and callable(queue_again := stop.before[stopped.signum]):
             queue_again(stopped.signum, None)
