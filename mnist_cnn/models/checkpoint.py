@@ -14,8 +14,8 @@ from pydantic import FailFast, Field
 from torch import Tensor
 
 from mnist_cnn.config.architecture import Architecture
+from mnist_cnn.config.data_settings import DataName, Fraction
 from mnist_cnn.config.schema import Strict, UserError, validated
-from mnist_cnn.config.settings import DataName, Fraction
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.runs.folder import write_whole
 
