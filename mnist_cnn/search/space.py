@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from mnist_cnn.config.schema import UserError, nearest, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.config.study_settings import Choices, FloatRange, IntRange, SweepSettings
+from mnist_cnn.runs.command_line import literal, override_key, text
 from mnist_cnn.runs.errors import in_one_line
-from mnist_cnn.runs.folder import override_key
-from mnist_cnn.runs.hydra_app import folder_name, literal, plain_job, text
+from mnist_cnn.runs.hydra_app import folder_name, plain_job
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -28,7 +28,8 @@ from mnist_cnn.inference.metrics import Scores, score
 from mnist_cnn.models.checkpoint import rebuild, trust
 from mnist_cnn.models.convnet import ConvNet, summary
 from mnist_cnn.models.device import check_precision, find_device, keep_memory
-from mnist_cnn.runs.folder import alone_in, describe_run, refuse_occupied, resumed, write_csv, write_whole
+from mnist_cnn.runs.files import write_csv, write_whole
+from mnist_cnn.runs.folder import alone_in, describe_run, refuse_occupied, resumed
 from mnist_cnn.training.callbacks import (
     BEST,
     LAST,

@@ -26,7 +26,7 @@ from mnist_cnn.pictures.image_files import find_pictures
 from mnist_cnn.runs.folder import read_metrics, read_run
 from mnist_cnn.runs.hydra_app import plain_job
 from mnist_cnn.runs.strangers import require_known, require_plain
-from mnist_cnn.runs.sweep_record import read_record
+from mnist_cnn.runs.sweep_folder import read_record
 from mnist_cnn.search.study import read_study_file
 from mnist_cnn.train import composed_of
 
