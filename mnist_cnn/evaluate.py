@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Evaluate
-from mnist_cnn.runs.folder import write_csv, write_whole
+from mnist_cnn.runs.files import write_csv, write_whole
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Export
-from mnist_cnn.runs.folder import whole, writable
+from mnist_cnn.runs.files import whole, writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Import
-from mnist_cnn.runs.folder import writable
+from mnist_cnn.runs.files import writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:

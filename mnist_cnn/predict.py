@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import UserError, printable, validated
 from mnist_cnn.config.settings import CONF, Predict
-from mnist_cnn.runs.folder import writable
+from mnist_cnn.runs.files import writable
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command
 
 if TYPE_CHECKING:

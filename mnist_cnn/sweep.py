@@ -22,8 +22,10 @@ from omegaconf import DictConfig
 from mnist_cnn.config.schema import RunError, UserError, validated
 from mnist_cnn.config.settings import CONF
 from mnist_cnn.config.study_settings import SweepSettings
+from mnist_cnn.runs.command_line import override_key
 from mnist_cnn.runs.errors import refuse
-from mnist_cnn.runs.folder import override_key, refuse_occupied, write_whole
+from mnist_cnn.runs.files import write_whole
+from mnist_cnn.runs.folder import refuse_occupied
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command, user_config_dir
 from mnist_cnn.runs.strangers import require_known, require_plain
 from mnist_cnn.search.space import Space, compose, study_name, training_overrides

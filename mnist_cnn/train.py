@@ -30,20 +30,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Train
+from mnist_cnn.runs.command_line import literal_paths
 from mnist_cnn.runs.errors import in_one_line
 from mnist_cnn.runs.folder import claim, discard, read_metrics, release
-from mnist_cnn.runs.hydra_app import (
-    STOPPED,
-    Console,
-    guarded,
-    in_worker,
-    is_sweep,
-    literal_paths,
-    plain,
-    plain_job,
-    run_command,
-)
-from mnist_cnn.runs.multirun import run_sweep, state, with_own_threads
+from mnist_cnn.runs.hydra_app import STOPPED, Console, guarded, in_worker, is_sweep, plain, plain_job, run_command
+from mnist_cnn.runs.multirun import run_sweep, with_own_threads
+from mnist_cnn.runs.sweep_folder import state
 
 if TYPE_CHECKING:
     from mnist_cnn.inference.classifier import Classifier

@@ -23,8 +23,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mnist_cnn import MNISTDataModule, load_classifier
+from mnist_cnn.config.data_settings import Augmentation
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.config.settings import CONF, Augmentation
+from mnist_cnn.config.settings import CONF
 from mnist_cnn.data import augmentation, datasets, download
 from mnist_cnn.data.augmentation import HANDS, Augment, damaged, other_hand, warped
 from mnist_cnn.data.corruptions import CORRUPTIONS

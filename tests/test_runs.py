@@ -18,6 +18,7 @@ from conftest import CONF, PATIENCE, on_a_terminal, outcome, said, wait_until
 
 import mnist_cnn
 from mnist_cnn.config.schema import UserError
+from mnist_cnn.runs import files
 from mnist_cnn.runs import folder as runs
 
 QUICK = ("data=digits", "epochs=1", "plots=false", "architecture=conv10")
@@ -175,18 +176,18 @@ def test_a_folder_that_a_command_made_for_nothing_goes_again(run, tmp_path):
 
 
 def test_what_a_killed_process_was_writing_never_has_the_files_name(tmp_path):
-    with runs.whole(tmp_path / "b.txt") as temporary:
+    with files.whole(tmp_path / "b.txt") as temporary:
         temporary.write_text("half")
         assert (temporary.suffix, [path.name for path in tmp_path.iterdir()]) == (".txt", [temporary.name])
     with pytest.raises(OSError, match="no room"):
         write_with_no_room(tmp_path / "c.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]
-    runs.write_whole(tmp_path / "a.txt", "whole")
+    files.write_whole(tmp_path / "a.txt", "whole")
     assert oct((tmp_path / "a.txt").stat().st_mode & 0o777) == oct(0o666 & ~umask())
 
 
 def write_with_no_room(path):
-    with runs.whole(path):
+    with files.whole(path):
         raise OSError("no room")
 
 

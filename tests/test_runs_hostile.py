@@ -13,7 +13,7 @@ import yaml
 from conftest import QUICK, outcome, said, wait_until
 
 from mnist_cnn.config.schema import printable
-from mnist_cnn.runs.folder import cell
+from mnist_cnn.runs.files import cell
 
 AGAIN = "give it again on the command line"
 TOUCH = {"_target_": "os.system", "command": "touch marker"}

@@ -16,7 +16,7 @@ import yaml
 from conftest import equal, outcome, processes, said, wait_until
 
 from mnist_cnn.runs import folder as runs
-from mnist_cnn.runs import machine, multirun
+from mnist_cnn.runs import multirun
 from mnist_cnn.training import fit
 
 TRAIN = ("-m", "mnist_cnn.train", "-m", "hydra.sweep.dir=sweep")
@@ -276,7 +276,7 @@ def test_a_failing_job_of_another_command_fails_its_sweep(run, tmp_path, trained
 def test_jobs_share_the_gpus(monkeypatch, gpus, at_once, expected):
     monkeypatch.setenv("MNIST_CNN_GPUS", gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [machine.gpus_of_job(number, at_once) for number in range(3)] == expected
+    assert [multirun.gpus_of_job(number, at_once) for number in range(3)] == expected
 
 
 def test_jobs_at_once_are_the_jobs_alone(run, start, tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class UserError(Exception):
@@ -78,6 +78,7 @@ class Strict(BaseModel):
         return value
 
 
+NonEmpty = Annotated[str, Field(min_length=1)]
 Schema = TypeVar("Schema", bound=Strict)
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from mnist_cnn.config.architecture import DOTTED, Architecture
-from mnist_cnn.config.schema import Strict, nearest
+from mnist_cnn.config.architecture import Architecture
+from mnist_cnn.config.data_settings import Augmentation, Data, EvaluationData, own_name
+from mnist_cnn.config.schema import NonEmpty, Strict
 
 # In a checkout conf/ stands beside the package; in a wheel it is inside it.
 PACKAGE = Path(__file__).parents[1]
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())
-
-
-NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 def _finite(value: Any, key: str = "") -> Any:
@@ -47,80 +43,6 @@ class Schedule(Strict):
     interval: Literal["step", "epoch"]
     length: str | None = None
     scheduler: Instantiable
-
-
-def _fraction(value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value < (1 if isinstance(value, float) else math.inf):
-        raise ValueError(f"data.validation={value!r}: must be a fraction from 0 to below 1.0, or a count of digits")
-    return value
-
-
-Fraction = Annotated[int | float, BeforeValidator(_fraction)]  # or a count
-
-
-EMNIST = ("emnist_digits", "emnist_letters", "emnist_balanced")
-DATA_NAMES = ("mnist", "fashion_mnist", "kmnist", "qmnist", *EMNIST, "usps", "digits", "folder")
-
-
-def _data_name(name: str) -> str:
-    if name not in DATA_NAMES and not re.fullmatch(DOTTED, name):  # module.function
-        raise ValueError(f"data.name={name}: expected one of {', '.join(DATA_NAMES)}{nearest(name, DATA_NAMES)}")
-    return name
-
-
-DataName = Annotated[str, Field(max_length=200), AfterValidator(_data_name)]
-
-
-def _own_name(data: Any) -> Any:
-    """A `_target_` of the user's own stands in place of a name."""
-    if not isinstance(data, dict) or "_target_" not in data:
-        return data
-    own = data["_target_"]
-    return {key: value for key, value in data.items() if key != "_target_"} | ({"name": own} if own else {})
-
-
-def _given(root: Any) -> Any:
-    if root is None:
-        raise ValueError("data.root is missing; give data.root=FOLDER")
-    return os.path.expanduser(root) if isinstance(root, str) else root  # noqa: PTH111 — `~x` may be a folder
-
-
-class Augmentation(Strict):
-    """How training digits are changed, at most; not at all where all are 0."""
-
-    rotation: float = Field(default=0.0, ge=0, le=180)
-    shift: float = Field(default=0.0, ge=0, le=14)
-    scale: float = Field(default=0.0, ge=0, lt=1)
-    shear: float = Field(default=0.0, ge=0, lt=90)
-    elastic: float = Field(default=0.0, ge=0, le=14)
-    thickness: float = Field(default=0.0, ge=0, le=1)
-    hands: float = Field(default=0.0, ge=0, le=1)
-    damage: float = Field(default=0.0, ge=0, le=1)
-
-    def changes(self) -> bool:
-        return any(self.model_dump().values())
-
-
-class Data(Strict):
-    name: DataName
-    root: Annotated[NonEmpty, BeforeValidator(_given)]
-    batch_size: int = Field(ge=1, le=60_000)
-    validation: Fraction
-    validation_from: Literal["last", "random"]
-    normalization: Literal["unit", "standard"]
-    test: float | None = Field(default=None, gt=0, lt=1)  # of a folder without a test part
-    # Taken over by the run's own, which may differ.
-    epochs: int | None = Field(default=None, ge=1, exclude=True)
-    augmentation: Augmentation | None = Field(default=None, exclude=True)
-
-    @model_validator(mode="after")
-    def _test_of_a_folder(self) -> Data:
-        if self.test and self.name != "folder":
-            raise ValueError(
-                f"data.test={self.test}: {self.name} has a test part of its own; only data=folder takes one"
-            )
-        return self
 
 
 class Accelerator(Strict):
@@ -212,7 +134,7 @@ class Train(Strict):
     optimizer: Annotated[Instantiable, AfterValidator(_optimizer)]
     schedule: Schedule
     accelerator: TrainingAccelerator
-    data: Annotated[Data, BeforeValidator(_own_name)]
+    data: Annotated[Data, BeforeValidator(own_name)]
     logger: dict[str, Instantiable] | None = None  # by their names
     # Flags of pl.Trainer; conf/trainer/default.yaml has them.
     trainer: Annotated[Instantiable, AfterValidator(_trainer)] = Field(default_factory=dict)
@@ -262,16 +184,11 @@ def _ending(key: str, *endings: str) -> AfterValidator:
 class Evaluate(Strict):
     """The configuration of mnist-evaluate; conf/evaluate.yaml describes each key."""
 
-    class Source(Strict):
-        name: Annotated[str, AfterValidator(lambda name: name if name == "as_trained" else _data_name(name))]
-        root: Annotated[NonEmpty, BeforeValidator(_given)]
-        test: float | None = None
-
     checkpoint: OneOrMany
     split: Literal["test", "validation"]
     calibrate: bool
     corruptions: Literal["mnist_c"] | None
-    data: Source
+    data: EvaluationData
     accelerator: Accelerator
     probabilities: list[Annotated[int, Field(ge=0)]]
     tta: Tta
@@ -287,15 +204,6 @@ class Evaluate(Strict):
         ):
             raise ValueError("calibrate=true writes into one checkpoint: give one .ckpt file or a run's folder")
         return self
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _source(cls, data: Any) -> Any:
-        """Of a data set's YAML only where it lies matters here: batches and splits belong to training."""
-        if not isinstance(data, dict):
-            return data
-        data = _own_name(data)
-        return {key: data[key] for key in data if key in ("name", "root", "test") or key not in Data.model_fields}
 
 
 class Predict(Strict):

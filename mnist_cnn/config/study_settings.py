@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from mnist_cnn.config.schema import Strict, nearest
-from mnist_cnn.config.settings import Instantiable, NonEmpty, Train
+from mnist_cnn.config.schema import NonEmpty, Strict, nearest
+from mnist_cnn.config.settings import Instantiable, Train
 
 
 class FloatRange(Strict):

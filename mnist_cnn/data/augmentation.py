@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnist_cnn.config.settings import Augmentation
+from mnist_cnn.config.data_settings import Augmentation
 
 EACH_DAMAGE = 0.15  # of the damaged digits, the fraction that each kind of damage falls on
 

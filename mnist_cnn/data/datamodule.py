@@ -12,8 +12,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from mnist_cnn.config.data_settings import DATA_NAMES
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.config.settings import DATA_NAMES
 from mnist_cnn.data.datasets import ACCELERATOR_BATCH, CPU_BATCH, Digits, load
 
 

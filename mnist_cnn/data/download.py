@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 from filelock import FileLock, Timeout
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.runs.folder import write_whole
+from mnist_cnn.runs.files import write_whole
 
 log = logging.getLogger(__name__)
 

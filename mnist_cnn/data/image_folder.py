@@ -17,7 +17,7 @@ from mnist_cnn.config.architecture import IMAGE_SIZE
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.pictures.digit_image import mnist_form
 from mnist_cnn.pictures.image_files import pictures_below, read_picture
-from mnist_cnn.runs.folder import write_whole
+from mnist_cnn.runs.files import write_whole
 
 KEPT = ".mnist_cnn.npz"  # in the folder: each picture's 28×28, for as long as its size and time are the same
 

@@ -20,7 +20,7 @@ from mnist_cnn.data.datasets import load
 from mnist_cnn.models.checkpoint import Description, network_of, read_checkpoint
 from mnist_cnn.models.convnet import ACTIVATION_CLASSES, ConvNet, Dropout, Residual
 from mnist_cnn.pictures.digit_image import IN_MNIST_FORM
-from mnist_cnn.runs.folder import write_whole
+from mnist_cnn.runs.files import write_whole
 
 log = logging.getLogger(__name__)
 

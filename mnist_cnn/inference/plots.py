@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 from mnist_cnn.inference.metrics import Scores
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.pictures.digit_image import visible_pixels
+
+if TYPE_CHECKING:  # it brings Lightning
+    from mnist_cnn.data.datamodule import MNISTDataModule
 
 INK: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 255}  # the style of digits, dark on white
 
@@ -154,6 +157,25 @@ def evaluation_plots(
     title = f"Confusion matrix, {len(labels):,} digits, accuracy {scores.accuracy:.2%}"
     confusion_matrix(scores.confusion, classes, title, folder / "confusion_matrix.png")
     incorrect_digits(images, labels, logits, classes, folder / "incorrect_digits.png")
+
+
+def run_plots(
+    folder: Path,
+    network: ConvNet,
+    data: MNISTDataModule,
+    history: Sequence[Mapping[str, float]],
+    logits: Tensor | None,
+    scores: Scores | None,
+    smoothed: bool,
+) -> None:
+    """A run's pictures; without the test's `logits` (N, 10) and `scores`, those of the training alone."""
+    training_digits(data.train.images, data.train.labels, data.classes, data.seed, folder / "training_digits.png")
+    save(learning_curves({"": history}, smoothed), folder / "learning_curves.png")
+    first_weights(network, folder / "first_weights.png")
+    if logits is None or scores is None:
+        return
+    feature_maps(network, data.test.images[0], data.classes[int(data.test.labels[0])], folder)
+    evaluation_plots(folder, data.test.images, data.test.labels, logits, scores, data.classes)
 
 
 def prediction_grid(pictures: Sequence[tuple[Any, Any, str]], left_out: int, path: Path) -> None:

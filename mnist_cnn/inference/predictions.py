@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist_cnn.config.schema import UserError
-from mnist_cnn.runs.folder import cell, whole, writable
+from mnist_cnn.runs.files import cell, whole, writable
 
 if TYPE_CHECKING:
     from mnist_cnn.inference.classifier import Classifier

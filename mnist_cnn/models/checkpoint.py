@@ -14,10 +14,10 @@ from pydantic import FailFast, Field
 from torch import Tensor
 
 from mnist_cnn.config.architecture import Architecture
+from mnist_cnn.config.data_settings import DataName, Fraction
 from mnist_cnn.config.schema import Strict, UserError, validated
-from mnist_cnn.config.settings import DataName, Fraction
 from mnist_cnn.models.convnet import ConvNet
-from mnist_cnn.runs.folder import write_whole
+from mnist_cnn.runs.files import write_whole
 
 FORMAT = 5  # 2 brought the temperature, 3 convolutions without bias, 4 and 5 the parts that Block names, 4 also std
 RENAMED = {f"{part}standard_deviation": f"{part}std" for part in ("network.", "")}  # in formats 1 to 3

@@ -10,14 +10,12 @@ import signal
 import sys
 import threading
 import traceback
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from hydra._internal.utils import get_args_parser  # Hydra's own flags: there is no public parser of them
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -27,8 +25,10 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from mnist_cnn.config.schema import RunError, Strict, UserError, printable, validated
 from mnist_cnn.config.settings import Draw, Evaluate, Export, Import, Predict, Train
 from mnist_cnn.config.study_settings import SweepSettings
+from mnist_cnn.runs.command_line import help_text, literal_paths, override_key, parsed
 from mnist_cnn.runs.errors import in_one_line, refuse
-from mnist_cnn.runs.folder import claim, discard, override_key, read_run, release_all, versions, write_whole
+from mnist_cnn.runs.files import write_whole
+from mnist_cnn.runs.folder import claim, discard, read_run, release_all, versions
 from mnist_cnn.runs.strangers import plain_override
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,6 @@ SCHEMAS: dict[str, type[Strict]] = {
     "import": Import,
     "sweep": SweepSettings,
 }
-PATHS = {"checkpoint", "images", "initialize", "resume", "multirun.resume", "data.root"}
-NEW_PATHS = {"output", "grid", "folder", "keras", "torch", "hydra.run.dir", "hydra.sweep.dir"}  # need not be there
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # of a log in a file, as in conf/base.yaml
@@ -226,73 +224,6 @@ def guarded(work: Callable[[], Any], folder: Path, fail_fast: bool = False) -> A
 # --- a command ---------------------------------------------------------------------------------------------
 
 
-def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each key of a configuration with its value, as the command line names it; nothing of an empty group."""
-    if not isinstance(value, dict):
-        yield prefix, value
-        return
-    for key, each in value.items():
-        yield from flat(each, f"{prefix}.{key}".lstrip("."))
-
-
-def text(value: Any) -> str:
-    """A value as an override writes it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(text, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{text(each)}' for key, each in value.items())}}}"
-    return str(value)
-
-
-def literal(key: str, value: str) -> str:
-    """An override by which Hydra takes every character of `value` as it is."""
-    # Of a backslash Hydra takes another meaning before a quote only.
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return f"{key}='{escaped}'"
-
-
-def literal_paths(arguments: list[str]) -> list[str]:
-    """Quote paths, so that spaces, commas, `=` and letters of any script in them mean themselves; `~` is the home."""
-    quoted = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        path = os.path.expanduser(value) if key in PATHS | NEW_PATHS else value  # noqa: PTH111 — `~x` may be a file
-        odd = key in PATHS or re.search(r"[^A-Za-z0-9_./+:-]", path)
-        there = odd and not key.startswith("-") and os.path.exists(path)  # noqa: PTH110
-        plain = value[:1] not in ("'", '"', "[") and value != "null" and "${" not in value
-        # Of those that must be there several may be a sweep's choices: Hydra finds them.
-        new = plain and (key in NEW_PATHS or (key in PATHS and not re.search(r"[,(]", value)))
-        if equals and value and (there or new):
-            argument = literal(key, path)
-        elif key in PATHS and (listed := re.fullmatch(r"\[(.*[^A-Za-z0-9_\s./,+:-].*)\]", value)):
-            paths = [os.path.expanduser(each.strip()) for each in listed[1].split(",")]  # noqa: PTH111
-            if all(map(os.path.exists, paths)):
-                argument = f"{key}=[{','.join(literal('', each)[1:] for each in paths)}]"
-        quoted.append(argument)
-    return quoted
-
-
-def parsed(words: list[str]) -> Namespace:
-    """The command line as Hydra's own parser reads it, flags and overrides in any order."""
-    # Ctrl-C ends what has not begun at once; argparse would make an error of its own of it.
-    signals = (signal.SIGINT,) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals}
-    parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign, assignment]
-    try:
-        known, unknown = parser.parse_known_intermixed_args(words)
-    finally:
-        for number, handler in before.items():
-            # The command's entry has left it to the system until here.
-            signal.signal(number, signal.default_int_handler if handler == signal.SIG_DFL else handler)
-    if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0]
-        refuse(f"unknown flag {unknown[0]}; settings are written without dashes, such as {name}=…")
-    return known
-
-
 def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     """Run a `@hydra.main` task as a command: `task` ends by SystemExit or returns for status 0."""
     # Before torch is imported: threads that spin while they wait take the cores from whoever else has work.
@@ -328,8 +259,6 @@ def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if known.help:
-        from mnist_cnn.runs.help import help_text
-
         try:
             shown = help_text(config_name, known.overrides, known.config_dir)
         except Exception as error:  # a wrong override: Hydra has no common one

@@ -1,4 +1,4 @@
-"""Sweeps by `mnist-train -m`: all jobs checked before the first begins, a table at the end, and the way on from there.
+"""Sweeps by `mnist-train -m`: all jobs checked before the first begins, sharing the machine, a table at the end.
 
 Hydra's sweeper and launchers run the jobs; what a job has done is read from its folder.
 """
@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, configure_log
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -29,37 +27,27 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs import hydra_app
+from mnist_cnn.runs.command_line import literal
 from mnist_cnn.runs.errors import in_one_line, refuse
-from mnist_cnn.runs.folder import claim, override_key, read_metrics, release, write_csv
-from mnist_cnn.runs.hydra_app import chosen, config_dir_flag, job_title, literal, plain_job, user_config_dir
-from mnist_cnn.runs.machine import GPUS, cores, visible_gpus
-from mnist_cnn.runs.strangers import plain_override
-from mnist_cnn.runs.sweep_record import (
+from mnist_cnn.runs.folder import claim, release
+from mnist_cnn.runs.hydra_app import chosen, job_title, plain_job
+from mnist_cnn.runs.sweep_folder import (
     RECORD,
     Job,
+    Sweep,
+    conclude,
+    continue_line,
     continued,
-    job_overrides,
-    read_record,
-    recorded_words,
+    report_end,
+    report_states,
+    report_stop,
     require_same,
     write_record,
 )
 
 log = logging.getLogger(__name__)
 
-ACCURACIES = {"validation": "val/accuracy", "test": "test/accuracy"}
-
-
-@dataclass
-class Sweep:
-    """The sweep that this process runs."""
-
-    folder: Path
-    jobs: list[Job]
-    config: DictConfig
-    handlers: dict[int, Any]  # of signals, from before the sweep
-    ended: bool = False
-
+GPUS = "MNIST_CNN_GPUS"  # the environment variable by which jobs know which GPUs they share
 
 current: Sweep | None = None
 
@@ -95,8 +83,8 @@ class MultirunCallback(Callback):
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if hydra_app.in_worker() and config.hydra.job.config_name == "train":
             for handler in logging.getLogger().handlers:
-                if isinstance(handler, hydra_app.Console):  # it shows the lines of this module only
-                    handler.addFilter(logging.Filter(__name__))
+                if isinstance(handler, hydra_app.Console):  # it shows the line of `report_end` only
+                    handler.addFilter(logging.Filter(report_end.__module__))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if hydra_app.in_worker() and config.hydra.job.config_name == "train":
@@ -196,6 +184,9 @@ def planned(config: DictConfig) -> list[Job]:
     return list(jobs.values())
 
 
+# --- how jobs that run at once share cores and GPUs --------------------------------------------------------
+
+
 def share_machine(config: DictConfig, jobs: list[Job]) -> None:
     """Say which GPUs the jobs share, and how many run at once: as many as there are GPUs, or else cores, or jobs."""
     accelerators = {job.settings.accelerator.name for job in jobs if isinstance(job.settings, Train)}
@@ -218,125 +209,37 @@ def with_own_threads(settings: Train) -> Train:
     return settings.model_copy(update={"accelerator": accelerator})
 
 
-# --- what jobs have done -----------------------------------------------------------------------------------
+def visible_gpus() -> list[str]:
+    """The GPUs as CUDA_VISIBLE_DEVICES names them; asked of nvidia-smi, as torch takes seconds to import."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip().isdigit()]
 
 
-def state(folder: Path) -> str:
-    """What a job has left in its folder: `finished`, `failed`, `interrupted` or `not begun`."""
-    with suppress(UserError):  # a damaged one is none
-        read_metrics(folder)
-        return "finished"
-    for file, name in (("error.txt", "failed"), ("config.yaml", "interrupted")):
-        if (folder / file).is_file():
-            return name
-    return "not begun"
+def gpus_of_job(number: int, at_once: int) -> str:
+    """CUDA_VISIBLE_DEVICES for a job of `at_once` on this machine: its part of the GPUs, and at least one."""
+    gpus = [gpu for gpu in os.environ.get(GPUS, "").split(",") if gpu]
+    each = max(1, len(gpus) // at_once)
+    first = number * each % max(1, len(gpus))
+    return ",".join(gpus[first : first + each]) or os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 
 
-def failure(folder: Path) -> str:
-    """Why a job failed: the first line of its error.txt, below which a traceback may stand."""
-    error = folder / "error.txt"
-    return error.read_text(encoding="utf-8").partition("\n")[0] if error.is_file() else ""
+def threads_of_job(at_once: int) -> str:
+    """OMP_NUM_THREADS for a job of `at_once` on this machine."""
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // at_once))
 
 
-def report_states(sweep: Sweep) -> None:
-    """Of a sweep that is continued: which of its jobs are kept, resumed, run again or run."""
-    states = {job.folder: state(job.folder) for job in sweep.jobs}
-    if set(states.values()) <= {"not begun"}:
-        return
-    done = list(states.values()).count("finished")
-    log.info("continuing %s: %d of %d jobs are done", sweep.folder, done, len(states))
-    verbs = {"finished": "kept", "interrupted": "resumed", "failed": "failed, run again", "not begun": "run"}
-    for folder, name in states.items():
-        log.info("\t%s: %s", folder.relative_to(sweep.folder), verbs[name])
-        (folder / "error.txt").unlink(missing_ok=True)  # its train.log has the reason too
+def cores() -> int:
+    """Those that this process may use, in a container too."""
+    from joblib import cpu_count
+
+    return cpu_count()
 
 
-def report_end(folder: Path, title: str) -> None:
-    """One line on how a job of another process has ended."""
-    how = state(folder)
-    if how == "failed":
-        log.error("error: %s: %s", title, failure(folder))
-        return
-    if how == "finished":
-        metrics = read_metrics(folder)
-        test = f"test accuracy {metrics['test/accuracy']:.2%}, " if metrics.get("test/accuracy") is not None else ""
-        how = f"{test}{metrics['fit_seconds']:.1f} s"
-    log.info("%s: %s", title, how)
-
-
-def conclude(sweep: Sweep) -> list[dict[str, Any]]:
-    """Write results.csv and show it as a table: the jobs that have begun, best first by validation."""
-    configure_log(sweep.config.hydra.hydra_logging, sweep.config.hydra.verbose)  # the last job's may still be there
-    sweep.ended = True
-    rows = []
-    for job in sweep.jobs:
-        if (how := state(job.folder)) == "not begun":
-            continue
-        finished = how == "finished"
-        metrics = read_metrics(job.folder) if finished else {}
-        row: dict[str, Any] = {
-            "job": str(job.folder.relative_to(sweep.folder)),
-            "overrides": " ".join(job_overrides(job.overrides)),
-            **{override_key(word): word.partition("=")[2] for word in job_overrides(job.overrides)},
-        }
-        row |= {key: metrics.get(key) for key in ("val/accuracy", "test/accuracy", "fit_seconds")}
-        rows.append({**row, "error": "" if finished else failure(job.folder) or how})
-    if rows:
-        rows.sort(key=lambda row: -(row["val/accuracy"] or 0.0))  # without validation in the order of the jobs
-        write_csv(sweep.folder / "results.csv", rows)
-        log.info("%s\n%s%s", results_table(rows), over_seeds(rows), sweep.folder / "results.csv")
-    return rows
-
-
-def results_table(rows: list[dict[str, Any]]) -> str:
-    def percent(value: float | None) -> str:
-        return "–" if value is None else f"{value:.2%}"
-
-    width = max(len("overrides"), *(len(row["overrides"]) for row in rows))
-    lines = [f"{'overrides':<{width}}  validation     test  seconds"]
-    for row in rows:
-        seconds = "–" if row["fit_seconds"] is None else f"{row['fit_seconds']:.1f}"
-        figures = f"{percent(row['val/accuracy']):>10} {percent(row['test/accuracy']):>8} {seconds:>8}"
-        note = {"": "", "interrupted": "  interrupted"}.get(row["error"], f"  failed: {row['error']}")
-        lines.append(f"{row['overrides']:<{width}}  {figures}{note}")
-    return "\n".join(lines)
-
-
-def over_seeds(rows: list[dict[str, Any]]) -> str:
-    """A line for each set of overrides that several seeds share: mean ± sd of their accuracies."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if not row["error"]:
-            others = [word for word in row["overrides"].split() if override_key(word) != "seed"]
-            groups.setdefault(" ".join(others), []).append(row)
-    lines = []
-    for overrides, group in groups.items():
-        figures = {name: [100 * row[key] for row in group if row[key]] for name, key in ACCURACIES.items()}
-        shown = [f"{name} {mean(f):.2f} ± {stdev(f):.2f} %" for name, f in figures.items() if len(f) == len(group) > 1]
-        if shown:
-            lines.append(f"{overrides}  {', '.join(shown)} ({len(group)} seeds)\n".lstrip())
-    return "".join(lines)
-
-
-def report_stop(sweep: Sweep) -> None:
-    """The end of a sweep that broke off: its table, which jobs are done, and which were not begun."""
-    rows = conclude(sweep)
-    done = [row["job"] for row in rows if not row["error"]]
-    waiting = [" ".join(job_overrides(job.overrides)) for job in sweep.jobs if state(job.folder) == "not begun"]
-    failed = any(state(job.folder) == "failed" for job in sweep.jobs)
-    log.error(
-        "the sweep was stopped%s: %d of %d jobs are done%s; not begun: %s%s",
-        ", as fail_fast=true" if sweep.config.get("fail_fast") and failed else "",
-        len(done),
-        len(sweep.jobs),
-        f" ({', '.join(done)})" if done else "",
-        " | ".join(waiting) or "none",
-        continue_line(sweep),
-    )
-
-
-def continue_line(sweep: Sweep) -> str:
-    """The command that continues it, with what its folder alone may not name."""
-    words = [*config_dir_flag(user_config_dir(sweep.config.hydra)), f"multirun.resume={sweep.folder.absolute()}"]
-    again = [word for word in recorded_words(read_record(sweep.folder)).values() if not plain_override(word)]
-    return f"; continue with: {shlex.join(['mnist-train', '-m', *words, *again])}"
+# For the launchers of conf/hydra/launcher.
+for _resolver in (gpus_of_job, threads_of_job):
+    OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from mnist_cnn.runs.folder import whole, write_whole
+from mnist_cnn.runs.files import whole, write_whole
 from mnist_cnn.search.study import SharedStudy
 
 LEAST = 1e-6  # an error of 0 has no logarithm

@@ -14,8 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist_cnn.config.schema import RunError
 from mnist_cnn.config.settings import CONF
-from mnist_cnn.runs.folder import write_csv, write_whole
-from mnist_cnn.runs.hydra_app import text
+from mnist_cnn.runs.command_line import text
+from mnist_cnn.runs.files import write_csv, write_whole
 from mnist_cnn.search.plots import write_plots
 from mnist_cnn.search.space import NOT_SEARCHED, composed
 from mnist_cnn.search.study import SharedStudy, history_of

@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from mnist_cnn.config.schema import UserError, nearest, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.config.study_settings import Choices, FloatRange, IntRange, SweepSettings
+from mnist_cnn.runs.command_line import flat, literal, override_key, text
 from mnist_cnn.runs.errors import in_one_line
-from mnist_cnn.runs.folder import override_key
-from mnist_cnn.runs.hydra_app import flat, folder_name, literal, plain_job, text, user_config_dir
+from mnist_cnn.runs.hydra_app import folder_name, plain_job, user_config_dir
 from mnist_cnn.runs.strangers import AGAIN, ours_or_plain
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQL
 
 from mnist_cnn.config.schema import RunError, UserError, validated
 from mnist_cnn.config.study_settings import StudyFile, SweepSettings
-from mnist_cnn.runs.folder import write_whole
-from mnist_cnn.runs.hydra_app import flat
+from mnist_cnn.runs.command_line import flat
+from mnist_cnn.runs.files import write_whole
 from mnist_cnn.runs.strangers import read_mapping
 from mnist_cnn.search.space import SWEEP_KEYS, Space, of_the_machine
 

@@ -21,9 +21,10 @@ from optuna.trial import Trial, TrialState
 
 from mnist_cnn.config.schema import RunError, UserError
 from mnist_cnn.config.study_settings import SweepSettings
-from mnist_cnn.runs.folder import override_key, write_whole
+from mnist_cnn.runs.command_line import override_key
+from mnist_cnn.runs.files import write_whole
 from mnist_cnn.runs.hydra_app import FILE_FORMAT, Printable
-from mnist_cnn.runs.machine import threads_of_job, visible_gpus
+from mnist_cnn.runs.multirun import threads_of_job, visible_gpus
 from mnist_cnn.search.space import Space, compose
 from mnist_cnn.search.study import SharedStudy, is_surplus, storage_error
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mnist_cnn.config.schema import UserError, nearest
 from mnist_cnn.config.settings import Train
 from mnist_cnn.models.checkpoint import network_of, read_checkpoint, save
-from mnist_cnn.runs.folder import write_csv, write_whole
+from mnist_cnn.runs.files import write_csv, write_whole
 from mnist_cnn.training.module import DigitClassifier, EpochRow
 from mnist_cnn.training.optimizers import instantiate
 from mnist_cnn.training.signals import Stopped, StopRequest

@@ -17,7 +17,6 @@ import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.memory import is_oom_error
-from torch import Tensor
 
 from mnist_cnn.config.schema import RunError, UserError
 from mnist_cnn.config.settings import Train
@@ -28,7 +27,8 @@ from mnist_cnn.inference.metrics import Scores, score
 from mnist_cnn.models.checkpoint import rebuild, trust
 from mnist_cnn.models.convnet import ConvNet, summary
 from mnist_cnn.models.device import check_precision, find_device, keep_memory
-from mnist_cnn.runs.folder import alone_in, describe_run, refuse_occupied, resumed, write_csv, write_whole
+from mnist_cnn.runs.files import write_csv, write_whole
+from mnist_cnn.runs.folder import alone_in, describe_run, refuse_occupied, resumed
 from mnist_cnn.runs.hydra_app import resume_command
 from mnist_cnn.training.callbacks import (
     BEST,
@@ -42,7 +42,7 @@ from mnist_cnn.training.callbacks import (
     user_callbacks,
 )
 from mnist_cnn.training.distributed import is_data_parallel, launch, strategy_for
-from mnist_cnn.training.module import DigitClassifier, EpochRow
+from mnist_cnn.training.module import DigitClassifier
 from mnist_cnn.training.optimizers import check_factory, instantiate
 from mnist_cnn.training.signals import Stopped, StopRequest, stop_on_signal
 
@@ -171,7 +171,10 @@ def evaluated(
             logger.log_metrics(final, trainer.global_step)  # hp_metric: TensorBoard's beside the hyperparameters
         logger.finalize("success")
     if config.plots:
-        draw(folder / "plots", best, data, module.history, logits, scores, smoothed=config.label_smoothing > 0)
+        from mnist_cnn.inference.plots import run_plots  # matplotlib takes a while to import
+
+        smoothed = config.label_smoothing > 0
+        run_plots(folder / "plots", best.network, data, module.history, logits, scores, smoothed)
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if scores:
         log.info("%s", scores.headline("test"))
@@ -377,25 +380,3 @@ def metrics_of(best: Classifier, scores: Scores | None, epochs: int, seconds: Ma
         "test/loss": scores.loss if scores else None,
         "test/accuracy": scores.accuracy if scores else None,
     }
-
-
-def draw(
-    folder: Path,
-    best: Classifier,
-    data: MNISTDataModule,
-    history: list[EpochRow],
-    logits: Tensor | None,
-    scores: Scores | None,
-    smoothed: bool,
-) -> None:
-    """A run's pictures; without the test's `logits` (N, 10) and `scores`, those of the training alone."""
-    from mnist_cnn.inference import plots
-
-    plots.training_digits(data.train.images, data.train.labels, data.classes, data.seed, folder / "training_digits.png")
-    plots.save(plots.learning_curves({"": history}, smoothed), folder / "learning_curves.png")
-    plots.first_weights(best.network, folder / "first_weights.png")
-    if logits is None or scores is None:
-        return
-    label = data.classes[int(data.test.labels[0])]
-    plots.feature_maps(best.network, data.test.images[0], label, folder)
-    plots.evaluation_plots(folder, data.test.images, data.test.labels, logits, scores, data.classes)

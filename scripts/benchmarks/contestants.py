@@ -34,7 +34,8 @@ def bare(recipe, precision, epochs, *overrides):
     from omegaconf import OmegaConf
     from torch.nn import functional as F
 
-    from mnist_cnn.config.settings import CONF, Data
+    from mnist_cnn.config.data_settings import Data
+    from mnist_cnn.config.settings import CONF
     from mnist_cnn.data.datamodule import MNISTDataModule
     from mnist_cnn.models.convnet import ConvNet
     from mnist_cnn.models.device import keep_memory

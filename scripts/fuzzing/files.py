@@ -141,23 +141,21 @@ junk = st.recursive(
 )
 
 
-def replaced(content, path, value):
-    """A checkpoint with `value` in place of something in it: each number of `path` chooses an entry on the way down."""
-    whole = torch.load(io.BytesIO(content), weights_only=True)
+def replaced(whole, path, value):
+    """`whole` with `value` in place of something in it; each number of `path` chooses an entry on the way down."""
     node = whole
     for depth, step in enumerate(path):
-        keys = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, list) else []
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         if not keys:
             break
-        # Most begin in the description or the weights: they are what is read.
-        key = ["mnist_cnn", "state_dict"][step % 2] if depth == 0 and step % 5 else keys[step % len(keys)]
+        if "mnist_cnn" in keys and step % 5:  # most begin in the description or the weights: they are what is read
+            keys = ["mnist_cnn", "state_dict"]
+        key = keys[step % len(keys)]
         if depth == len(path) - 1 or not isinstance(node[key], dict | list):
             node[key] = value
             break
         node = node[key]
-    buffer = io.BytesIO()
-    torch.save(whole, buffer)
-    return buffer.getvalue()
+    return whole
 
 
 def checkpoint(arguments):
@@ -168,7 +166,9 @@ def checkpoint(arguments):
     elif kind == "record":
         content = repacked(content, number, changes)
     else:
-        content = replaced(content, path, value)
+        buffer = io.BytesIO()
+        torch.save(replaced(torch.load(io.BytesIO(content), weights_only=True), path, value), buffer)
+        content = buffer.getvalue()
     with tempfile.NamedTemporaryFile(suffix=".ckpt") as file:
         Path(file.name).write_bytes(content)
         classifier = refusal_allowed(lambda: load_classifier(file.name, "cpu"))

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from contextlib import suppress
+from copy import deepcopy
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import onnx
 import yaml
 
-from fuzzing.files import checkpoint_content, mutated, mutations, repacked
+from fuzzing.files import checkpoint_content, mutated, mutations, repacked, replaced
 from fuzzing.outcome import DIGITS, refusal_allowed
 from mnist_cnn.config.settings import Train
 from mnist_cnn.inference.classifier import load_classifier
@@ -26,28 +27,13 @@ from mnist_cnn.pictures.image_files import find_pictures
 from mnist_cnn.runs.folder import read_metrics, read_run
 from mnist_cnn.runs.hydra_app import plain_job
 from mnist_cnn.runs.strangers import require_known, require_plain
-from mnist_cnn.runs.sweep_record import read_record
+from mnist_cnn.runs.sweep_folder import read_record
 from mnist_cnn.search.study import read_study_file
 from mnist_cnn.train import composed_of
 
 VALUES = [None, True, 0, -1, 1e308, "", "os.system", "torch.optim.SGD", "${oc.env:HOME}", [], {}, [[]], ["x"]]
 VALUES += [{"_target_": "os.system"}, {"_target_": ["x"]}, {"_target_": None, "x": {}}]
 values = st.sampled_from(VALUES)
-
-
-def replaced(whole, path, value):
-    """A copy with `value` in place of something in it; each number of `path` chooses an entry on the way down."""
-    whole = node = json.loads(json.dumps(whole))
-    for depth, step in enumerate(path):
-        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-        if not keys:
-            break
-        key = keys[step % len(keys)]
-        if depth == len(path) - 1 or not isinstance(node[key], dict | list):
-            node[key] = value
-            break
-        node = node[key]
-    return whole
 
 
 @cache
@@ -67,7 +53,7 @@ def folder(arguments):
     settings, files = contents()
     name, whole = files[number % len(files)]
     if kind == "value":
-        whole = replaced(whole, path, value)
+        whole = replaced(deepcopy(whole), path, value)
     text = (json.dumps if name.endswith("json") else yaml.safe_dump)(whole).encode()
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / name).write_bytes(text if kind == "value" else mutated(text, changes))

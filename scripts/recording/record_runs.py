@@ -20,7 +20,8 @@ from mnist_cnn.inference.classifier import load_classifier, mean_logits
 from mnist_cnn.inference.metrics import fit_temperature, score
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.models.device import find_device
-from mnist_cnn.runs.folder import read_run, write_whole
+from mnist_cnn.runs.files import write_whole
+from mnist_cnn.runs.folder import read_run
 from mnist_cnn.runs.hydra_app import plain_job
 from mnist_cnn.train import composed_of
 from mnist_cnn.training.optimizers import instantiate
