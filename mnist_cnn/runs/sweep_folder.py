@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass

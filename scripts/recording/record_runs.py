@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import mnist_cnn
-from benchmarks.limits import multiply_adds, product
+from benchmarks.limits import multiply_adds, product, yardstick
 from mnist_cnn.config.schema import RunError, UserError, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.data.augmentation import Augment
@@ -104,6 +104,7 @@ def train_run(folder, words):
         "precision": config.accelerator.precision,
         "threads": torch.get_num_threads(),
         "product_rate": product(HALF[config.accelerator.precision] or torch.float32),  # how fast this machine was
+        "yardstick": yardstick(),
         **{key: about[key] for key in ("machine", "versions", "git_commit", "started")},
     }
 

@@ -71,6 +71,12 @@ def seconds_of(runs):
     return f"{median(runs, 'train_seconds'):.2f} + {median(runs, 'test_seconds'):.2f}"
 
 
+def in_yardsticks(runs):
+    """The time in B, each run by what B was just after it."""
+    each = [(r["train_seconds"] + r["test_seconds"]) / r["yardstick"] for r in runs.values() if "yardstick" in r]
+    return f"{statistics.median(each):.2f}" if each else "–"
+
+
 def claim(records, name):
     """The header line of a recipe's YAML."""
     if not records.get(name, {}).get("runs"):
@@ -87,8 +93,8 @@ def claim(records, name):
 def accuracy_table(records):
     lines = [
         "| recipe | runs | test accuracy, % | 95 % interval of the mean | lowest–highest | without 15 disputed digits "
-        "| parameters | epochs | seconds: training + scoring | 10⁹ multiply-adds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| parameters | epochs | seconds: training + scoring | in B | 10⁹ multiply-adds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, runs in of_runs(records):
         run, values = next(iter(runs.values())), percents(runs, "accuracy")
@@ -99,6 +105,7 @@ def accuracy_table(records):
         cells += [
             run["epochs"],
             seconds_of(runs),
+            in_yardsticks(runs),
             f"{adds:,.0f}",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
