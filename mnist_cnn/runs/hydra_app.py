@@ -215,7 +215,7 @@ def guarded(work: Callable[[], Any], folder: Path, fail_fast: bool = False) -> A
         discard(folder)
         raise SystemExit(status)
     log.error("error: %s: %s", job_title(HydraConfig.get().job.num, HydraConfig.get().overrides.task), reason)
-    write_whole(folder / "error.txt", f"{reason}\n{details}")
+    write_whole(folder / "error.txt", printable(f"{reason}\n{details}"))
     if fail_fast:
         raise SystemExit(1)
     return None

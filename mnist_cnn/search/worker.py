@@ -19,7 +19,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
-from mnist_cnn.config.schema import RunError, UserError
+from mnist_cnn.config.schema import RunError, UserError, printable
 from mnist_cnn.config.study_settings import SweepSettings
 from mnist_cnn.runs.command_line import override_key
 from mnist_cnn.runs.files import write_whole
@@ -151,7 +151,7 @@ class Worker:
             reason = f"{type(error).__name__}: {reason}"
             with trial_log(folder):
                 package.error("error", exc_info=error)
-        write_whole(folder / "error.txt", reason + "\n")
+        write_whole(folder / "error.txt", printable(reason) + "\n")
         return reason
 
     def _new_folder(self, trial: Trial) -> Path:
