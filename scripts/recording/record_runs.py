@@ -96,10 +96,12 @@ def train_run(folder, words):
     network, image = ConvNet(config.architecture), torch.zeros(1, 1, 28, 28)
     data = MNISTDataModule(**config.data.model_dump(), seed=config.seed)
     data.setup()
+    seen = load_classifier(folder, "cpu").description.history[-1]["step"] * config.data.batch_size
+    seen = min(int(seen), len(data.train.labels) * config.epochs)  # the last batch of an epoch is a shorter one
     counts = {part: multiply_adds(network, image, part == "training") for part in ("training", "scoring")}
     return {
         **{key: metrics[key] for key in ("parameters", "epochs", "train_seconds", "test_seconds")},
-        "training_multiply_adds": counts["training"] * len(data.train.labels) * config.epochs,
+        "training_multiply_adds": counts["training"] * seen,
         "scoring_multiply_adds": counts["scoring"] * len(data.test.labels) * config.tta,
         "precision": config.accelerator.precision,
         "threads": torch.get_num_threads(),
