@@ -22,12 +22,12 @@ from omegaconf import DictConfig
 from mnist_cnn.config.schema import RunError, UserError, validated
 from mnist_cnn.config.settings import CONF
 from mnist_cnn.config.study_settings import SweepSettings
-from mnist_cnn.runs.command_line import override_key
+from mnist_cnn.runs.command_line import override_key, typed
 from mnist_cnn.runs.errors import refuse
 from mnist_cnn.runs.files import write_whole
 from mnist_cnn.runs.folder import refuse_occupied
 from mnist_cnn.runs.hydra_app import guarded, plain, run_command, user_config_dir
-from mnist_cnn.runs.strangers import require_known, require_plain
+from mnist_cnn.runs.strangers import require_known, require_own_files, require_plain
 from mnist_cnn.search.space import Space, compose, study_name, training_overrides
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def work(settings: SweepSettings) -> None:
         if settings.report:
             conclude(existing(settings, Path(settings.report)))
         elif settings.retrain:
-            retrain(existing(settings, Path(settings.retrain)), settings, list(HydraConfig.get().overrides.task))
+            retrain(existing(settings, Path(settings.retrain)), settings, typed(HydraConfig.get().overrides.task))
         else:
             search(settings)
     except Exception as error:
@@ -76,7 +76,7 @@ def work(settings: SweepSettings) -> None:
 
 def search(settings: SweepSettings) -> None:
     """Run the study's trials that are left, and leave its report."""
-    overrides, sweep = list(HydraConfig.get().overrides.task), HydraConfig.get().runtime.choices["sweep"]
+    overrides, sweep = typed(HydraConfig.get().overrides.task), HydraConfig.get().runtime.choices["sweep"]
     try:
         space = Space(settings, overrides)
         total = int(min(settings.trials, space.size(settings.sampler)))
@@ -162,12 +162,14 @@ def check_machine(settings: SweepSettings) -> None:
 
 
 def existing(settings: SweepSettings, folder: Path) -> SharedStudy:
-    """The study of a folder; `storage=` again where its address needs a password."""
+    """The study of a folder; an address of its storage has to be given again."""
     from mnist_cnn.search.study import SharedStudy, read_study_file
 
     about = read_study_file(folder)
-    storage = settings.storage or about["storage"]
-    update = {"metric": about["metric"], "retries": about["retries"], "storage": storage}
+    require_own_files(folder)
+    if (stored := about["storage"]) and not settings.storage:  # whoever answers there is told passwords
+        raise UserError(f"{folder} has storage={stored}, which a folder may not choose: give storage=… again")
+    update = {"metric": about["metric"], "retries": about["retries"]}
     own = user_config_dir(HydraConfig.get()) or about["config_dir"]
     return SharedStudy(settings.model_copy(update=update), about["study"], folder, own, begin=False)
 

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import CONF, Train
-from mnist_cnn.runs.command_line import literal_paths
+from mnist_cnn.runs.command_line import literal_paths, typed
 from mnist_cnn.runs.errors import in_one_line
 from mnist_cnn.runs.folder import claim, discard, read_metrics, release
 from mnist_cnn.runs.hydra_app import STOPPED, Console, guarded, in_worker, is_sweep, plain, plain_job, run_command
@@ -53,7 +53,7 @@ def job(config: DictConfig) -> Metrics | None:
     folder = Path(details.runtime.output_dir)
 
     def work() -> Metrics:
-        settings, overrides = validated(Train, plain(config)), details.overrides.task
+        settings, overrides = validated(Train, plain(config)), typed(details.overrides.task)
         if is_sweep():
             (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
             if state(folder) == "finished":

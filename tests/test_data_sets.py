@@ -54,6 +54,14 @@ def test_a_folder_of_pictures_is_read_once(tmp_path, monkeypatch):
         load("folder", tmp_path / "mine", 0.2)
 
 
+def test_a_class_is_one_line(run, tmp_path):
+    written(tmp_path / "mine")
+    (tmp_path / "mine" / "9").rename(tmp_path / "mine" / "9\nssh-ed25519 AAAA")
+    said(
+        run("mnist-train", "data=folder", "data.root=mine"), r"'9\nssh-ed25519 AAAA'", "the name of a class is one line"
+    )
+
+
 def test_a_network_learns_ones_own_hand(run, tmp_path, trained):
     """As the README has it: 200 pictures of one's own, from a network that knows digits."""
     written(tmp_path / "mine")

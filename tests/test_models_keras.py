@@ -508,6 +508,15 @@ def test_hostile_weights_are_refused(run, tmp_path, kind):
     assert not (tmp_path / "x.ckpt").exists()
 
 
+@pytest.mark.parametrize("name", ["k_vars", "vars", "optimizer_x", "ünï"])
+@pytest.mark.parametrize("ending", ["h5", "keras"])
+def test_a_layer_may_have_any_name(run, tmp_path, name, ending):
+    model = keras.Sequential([keras.Input((28, 28, 1)), Flatten(), Dense(10, activation="softmax", name=name)])
+    model.save(f"model.{ending}")
+    ended = run("mnist-import", f"keras=model.{ending}", "output=x.ckpt")
+    assert ended.status == 0, ended
+
+
 def test_a_file_on_which_hdf5_never_ends_is_refused(run, tmp_path):
     h5py = pytest.importorskip("h5py")
     buffer = io.BytesIO()

@@ -64,6 +64,33 @@ def test_a_strangers_run_runs_nothing(run, tmp_path, stopped, kind):
     assert not list(folder.rglob(".mnist_cnn-*"))
 
 
+LINKS = {
+    "a log": ("mnist-train resume=stranger", "train.log"),
+    "checkpoints": ("mnist-train resume=stranger", "checkpoints"),
+    "a sweep's record": ("mnist-train -m multirun.resume=sweep", "multirun.yaml"),
+    "a job": ("mnist-train -m multirun.resume=sweep", "0_seed=1/.hydra"),
+    "a study's pictures": ("mnist-sweep report=study", "pictures"),
+}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("../mine")], ids=["pipe", "link"])
+@pytest.mark.parametrize("kind", LINKS)
+def test_nothing_is_written_through_a_strangers_link_or_pipe(run, tmp_path, stopped, kind, make):
+    stopped()
+    sweep = {"version": "0.2.0", "overrides": ["data=digits", "seed=1,2"], "hydra": [], "config_dir": None}
+    study = {"study": "x", "metric": "val/loss", "storage": None, "retries": 1}
+    for name, record in (("sweep", {**sweep, "working_folder": str(tmp_path)}), ("study", study)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.yaml").write_text(yaml.safe_dump(record))
+    command, name = LINKS[kind]
+    path = tmp_path / command.rpartition("=")[2] / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    make(path)
+    said(run(*command.split()), f"{name} is a link out of", "or no regular file")
+
+
 def test_what_is_named_again_is_taken(run, stopped):
     folder = stopped(lambda content: content.update(modules=["mine"], callbacks={"own": {"_target_": "builtins.int"}}))
     said(run("mnist-train", f"resume={folder}", "modules=[mine]"), "callbacks.own._target_=builtins.int", AGAIN)
@@ -244,6 +271,10 @@ def test_a_strangers_yaml_files_read_no_environment(run, tmp_path, swept, monkey
         (
             "{study: x, metric: val/loss, storage: 'evil://u:secret@h', retries: 1}",
             ["study.yaml is damaged", "storage"],
+        ),
+        (
+            "{study: x, metric: val/loss, storage: 'postgresql://u@h/d', retries: 1}",
+            ["storage=postgresql://u@h/d", "give storage=… again"],
         ),
     ],
 )

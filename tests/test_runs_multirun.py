@@ -49,6 +49,18 @@ def no_training(monkeypatch):
     monkeypatch.setattr(fit, "fit", fit_nothing)
 
 
+def test_a_word_may_take_its_value_from_another(run, tmp_path, no_training):
+    """`${…}` is filled in by each job, and the sweep knows its jobs by the words as they were typed."""
+    words = ("optimizer=sgd", "optimizer.lr=0.003,0.004", "optimizer.weight_decay=${optimizer.lr}")
+    numbered = "hydra.sweep.subdir=${hydra.job.num}"
+    ended = run("mnist-train", "-m", "data=digits", *words, "hydra.sweep.dir=sweep", numbered)
+    assert ended.status == 0, ended
+    assert list(table(tmp_path / "sweep")) == ["0", "1"]
+    (tmp_path / "sweep" / "1" / "metrics.json").unlink()
+    ended = run("mnist-train", "-m", "multirun.resume=sweep")
+    assert (ended.status, "1 of 2 jobs are done" in ended.out) == (0, True), ended
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

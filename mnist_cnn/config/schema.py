@@ -34,6 +34,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 # What moves a terminal's cursor, changes its colours, or turns the order of letters round.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+ONE_LINE = "^[^\x00-\x1f\x7f]*$"  # the name of a class, which tables show
 PASSWORD = re.compile(r"(?<=://)([^\s:/@]*):[^\n'\"]*@")
 SECRET = re.compile(r"(?i)([?&]\w*(passw|pwd|secret|token)\w*=)[^\s&'\"]+")
 

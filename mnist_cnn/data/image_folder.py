@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
 from contextlib import suppress
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist_cnn.config.architecture import IMAGE_SIZE
-from mnist_cnn.config.schema import UserError
+from mnist_cnn.config.schema import ONE_LINE, UserError
 from mnist_cnn.pictures.digit_image import mnist_form
 from mnist_cnn.pictures.image_files import pictures_below, read_picture
 from mnist_cnn.runs.files import write_whole
@@ -47,6 +48,8 @@ def read_folder(root: Path, test: float) -> tuple[tuple[Part, Part], list[str]]:
         raise UserError(
             f"{train} has {len(classes)} folders of classes: expected two or more, as {train}/<class>/*.png"
         )
+    if odd := [name for name in classes if not re.search(ONE_LINE, name)]:
+        raise UserError(f"{train} has a folder {odd[0]!r}: the name of a class is one line")
     files, labels = labelled(train, classes)
     counts = np.bincount(labels, minlength=len(classes))
     own_test = train != root and (root / "test").is_dir()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mnist_cnn.config.architecture import Architecture
 from mnist_cnn.config.data_settings import DataName, Fraction
-from mnist_cnn.config.schema import Strict, UserError, validated
+from mnist_cnn.config.schema import ONE_LINE, Strict, UserError, validated
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.runs.files import write_whole
 
@@ -42,7 +42,7 @@ class Description(Strict):
 
     format: int
     architecture: Architecture
-    classes: list[str] = Field(min_length=2, max_length=1000)
+    classes: list[Annotated[str, Field(pattern=ONE_LINE)]] = Field(min_length=2, max_length=1000)
     data: TrainedOn
     versions: dict[str, str] = Field(max_length=100)
     history: Annotated[list[Annotated[dict[str, float], Field(max_length=50)]], FailFast()] = Field(

@@ -63,11 +63,11 @@ def read_stdin() -> None:
         file.visititems(found.__setitem__)
         places: dict[str, list[Any]] = {}
         for name, item in found.items():
-            if name.startswith("optimizer"):
+            if name.startswith("optimizer") or "seed_generator" in name:  # of dropout
                 continue
             if isinstance(item, h5py.Group) and "weight_names" in item.attrs:  # .h5
                 places[name.removeprefix("model_weights/")] = [item[text(each)] for each in item.attrs["weight_names"]]
-            elif name.endswith("vars"):  # .keras
+            elif "model_config" not in file.attrs and re.search(r"(^|[/\\])vars$", name):  # .keras
                 # On Windows, Keras wrote backslashes before 3.0.
                 place = re.sub(r"[/\\]?vars$", "", name).replace("\\", "/")
                 places[place] = [item[str(number)] for number in range(len(item))]

@@ -34,6 +34,12 @@ def override_key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
+def typed(words: Any) -> list[str]:
+    """A list of words in Hydra's configuration as they were typed: `${…}` in one is for the job to fill in."""
+    as_typed: Any = OmegaConf.to_container(words, resolve=False)
+    return list(as_typed)
+
+
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Each key of a configuration with its value, as the command line names it; nothing of an empty group."""
     if not isinstance(value, dict):

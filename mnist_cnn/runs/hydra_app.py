@@ -25,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from mnist_cnn.config.schema import RunError, Strict, UserError, printable, validated
 from mnist_cnn.config.settings import Draw, Evaluate, Export, Import, Predict, Train
 from mnist_cnn.config.study_settings import SweepSettings
-from mnist_cnn.runs.command_line import help_text, literal_paths, override_key, parsed
+from mnist_cnn.runs.command_line import help_text, literal_paths, override_key, parsed, typed
 from mnist_cnn.runs.errors import in_one_line, refuse
 from mnist_cnn.runs.files import write_whole
 from mnist_cnn.runs.folder import claim, discard, read_run, release_all, versions
-from mnist_cnn.runs.strangers import plain_override
+from mnist_cnn.runs.strangers import plain_override, require_own_files
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def plain_job(config: DictConfig, folder: Path = Path()) -> dict[str, Any]:
 
 def chosen(config: DictConfig, key: str) -> bool:
     """Whether the user has set this key of Hydra's on the command line."""
-    return any(override.lstrip("+").startswith(f"{key}=") for override in config.hydra.overrides.hydra)
+    return any(override.lstrip("+").startswith(f"{key}=") for override in typed(config.hydra.overrides.hydra))
 
 
 def user_config_dir(hydra_config: Any) -> str | None:
@@ -131,10 +131,13 @@ def user_config_dir(hydra_config: Any) -> str | None:
     return None
 
 
+IN_THE_FOLDER = ("resume", "hydra.run.dir", "fail_fast", "data.root")  # keys that a resumed run has without them
+
+
 def resume_command(folder: Path, overrides: Iterable[str]) -> str:
     """The command that continues a run; all of its command line where that names what a folder alone may not."""
     config_dir = user_config_dir(HydraConfig.get()) if HydraConfig.initialized() else None
-    words = [word for word in overrides if override_key(word) not in ("resume", "hydra.run.dir", "fail_fast")]
+    words = [word for word in overrides if override_key(word) not in IN_THE_FOLDER]
     again = words if config_dir or not all(map(plain_override, words)) else []
     return shlex.join(["mnist-train", *config_dir_flag(config_dir), f"resume={folder}", *again])
 
@@ -153,6 +156,7 @@ class RunCallback(Callback):
             with read_write(config.hydra):
                 if isinstance(settings, Train) and settings.resume:
                     read_run(Path(settings.resume))
+                    require_own_files(Path(settings.resume))
                     config.hydra.run.dir = settings.resume
                     config.hydra.output_subdir = None  # Hydra's own record of the first start stays as it is
                 elif config.hydra.output_subdir is not None:
@@ -214,7 +218,7 @@ def guarded(work: Callable[[], Any], folder: Path, fail_fast: bool = False) -> A
         log.error("error: %s", reason)
         discard(folder)
         raise SystemExit(status)
-    log.error("error: %s: %s", job_title(HydraConfig.get().job.num, HydraConfig.get().overrides.task), reason)
+    log.error("error: %s: %s", job_title(HydraConfig.get().job.num, typed(HydraConfig.get().overrides.task)), reason)
     write_whole(folder / "error.txt", printable(f"{reason}\n{details}"))
     if fail_fast:
         raise SystemExit(1)

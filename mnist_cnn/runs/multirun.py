@@ -27,10 +27,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from mnist_cnn.config.schema import UserError, validated
 from mnist_cnn.config.settings import Train
 from mnist_cnn.runs import hydra_app
-from mnist_cnn.runs.command_line import literal
+from mnist_cnn.runs.command_line import literal, typed
 from mnist_cnn.runs.errors import in_one_line, refuse
 from mnist_cnn.runs.folder import claim, release
 from mnist_cnn.runs.hydra_app import chosen, job_title, plain_job
+from mnist_cnn.runs.strangers import require_own_files
 from mnist_cnn.runs.sweep_folder import (
     RECORD,
     Job,
@@ -65,6 +66,8 @@ class MultirunCallback(Callback):
             jobs = planned(config)
             folder, by_user = Path(config.hydra.sweep.dir), chosen(config, "hydra.sweep.dir")
             begun = any((folder / file).exists() for file in (RECORD, "multirun.yaml"))
+            if begun:
+                require_own_files(folder)
             if name == "train" and jobs and by_user and begun:
                 claim(folder, by_user, lambda _: require_same(folder, config, jobs))
             else:
@@ -89,7 +92,7 @@ class MultirunCallback(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if hydra_app.in_worker() and config.hydra.job.config_name == "train":
             details = HydraConfig.get()
-            report_end(Path(details.runtime.output_dir), job_title(details.job.num, details.overrides.task))
+            report_end(Path(details.runtime.output_dir), job_title(details.job.num, typed(details.overrides.task)))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if current is None:  # of another command or sweeper: its jobs' lines are all there is
@@ -165,7 +168,7 @@ def planned(config: DictConfig) -> list[Job]:
         return []
     loader = GlobalHydra.instance().config_loader()
     parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create(loader).parse_overrides([*parameters, *config.hydra.overrides.task])
+    parsed = OverridesParser.create(loader).parse_overrides([*parameters, *typed(config.hydra.overrides.task)])
     jobs: dict[Path, Job] = {}
     for number, overrides in enumerate(sweeper.split_arguments(parsed, None)[0]):
         composed = loader.load_sweep_config(config, list(overrides))

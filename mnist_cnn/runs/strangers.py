@@ -22,7 +22,7 @@ LIBRARIES = r"torch\.optim\.(lr_scheduler\.)?[A-Z]\w*|pytorch_lightning\.loggers
 AGAIN = "may run anything, so it is not taken from a folder: if you know it, give it again on the command line"
 # Hydra's own overrides that can do no harm; others of it start programs.
 PLAIN_HYDRA = re.compile(
-    r"hydra(/launcher=(basic|parallel|slurm|submitit)|\.sweep\.subdir=[\w.+${}-]+"
+    r"hydra(/launcher=(basic|parallel|slurm|submitit)|\.sweep\.subdir=(?!.*\.\.)([\w.+-]|\$\{hydra\.job\.\w+\})+"
     r"|\.sweeper\.max_batch_size=\d+|\.launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|mem_gb)=-?[\d.]+"
     r"|\.launcher\.(partition|qos|account)=\w+)"
 )
@@ -89,6 +89,14 @@ def require_plain(words: Iterable[str], folder: Path) -> None:
     for word in words:
         if not plain_override(word):
             raise UserError(f"{folder} has {word:.200}, which {AGAIN}")
+
+
+def require_own_files(folder: Path) -> None:
+    """Raise UserError where a folder that will be written to has a link to elsewhere, or a pipe to wait for."""
+    for path in folder.rglob("*"):
+        inside = not path.is_symlink() or path.resolve().is_relative_to(folder.resolve())
+        if not inside or not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is a link out of {folder}, or no regular file: take it away")
 
 
 def plain_override(word: str) -> bool:

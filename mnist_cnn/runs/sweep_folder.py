@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from mnist_cnn.config.schema import Strict, UserError, validated
 from mnist_cnn.config.settings import Train
-from mnist_cnn.runs.command_line import literal, override_key, parsed
+from mnist_cnn.runs.command_line import literal, override_key, parsed, typed
 from mnist_cnn.runs.files import write_csv, write_whole
 from mnist_cnn.runs.folder import read_metrics, read_run, refuse_old
 from mnist_cnn.runs.hydra_app import config_dir_flag, user_config_dir
@@ -73,8 +73,8 @@ def write_record(folder: Path, config: DictConfig) -> None:
         return
     record = {
         "version": version("mnist-cnn"),
-        "overrides": list(config.hydra.overrides.task),
-        "hydra": list(config.hydra.overrides.hydra),
+        "overrides": typed(config.hydra.overrides.task),
+        "hydra": typed(config.hydra.overrides.hydra),
         "config_dir": user_config_dir(config.hydra),
         "working_folder": config.hydra.runtime.cwd,
     }
@@ -112,7 +112,7 @@ def recorded_words(record: dict[str, Any]) -> dict[str, str]:
 def require_same(folder: Path, config: DictConfig, jobs: list[Job]) -> None:
     """Raise UserError, with what differs, where the command is not that of the sweep in `folder`."""
     theirs = job_overrides(read_record(folder)["overrides"])
-    if differing := differences(theirs, job_overrides(list(config.hydra.overrides.task))):
+    if differing := differences(theirs, job_overrides(typed(config.hydra.overrides.task))):
         raise UserError(
             f"{folder} is another sweep's folder: it has {differing}; choose another folder, or continue that "
             f"sweep with: mnist-train -m multirun.resume={folder}"
