@@ -417,6 +417,7 @@ TABLE = [
     (f"{TRAIN} optimizer=ADAMW", 2, ["did you mean adamw?"]),
     (f"{TRAIN} activation=relu", 2, ["did you mean architecture.activation?"]),
     (f"{TRAIN} arch=conv10", 2, ["did you mean architecture?"]),
+    (f"{TRAIN} callbacks={{x:1}}", 2, ["callbacks=… names one of a group's files", "write +callbacks=…"]),
     (f"{TRAIN} num_workers=4", 2, ["unknown key num_workers; mnist-train --help lists them"]),
     (f"{TRAIN} checkpoint=RUN", 2, ["start from it by initialize=, or continue its run by resume="]),
     (f"{PREDICT}RUN model=x", 2, ["unknown key model; did you mean checkpoint?"]),

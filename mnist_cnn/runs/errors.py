@@ -117,6 +117,8 @@ def _unknown_key(key: str, config_name: str) -> str:
     with nullcontext() if within_command else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         known = OmegaConf.to_container(hydra.compose(config_name))
     keys = set(_keys(known))
+    if key in keys:
+        return f"{key}=… names one of a group's files; to add to the group, write +{key}=…"
     for meant in MEANT.get(key.rpartition(".")[2].lower().replace("-", "_"), []):
         if meant.partition("=")[0] in keys:
             return f"unknown key {key}; did you mean {meant}?"
