@@ -199,7 +199,7 @@ def test_a_records_figures_are_those_of_its_checkpoints(runs):
         assert run["test_seconds"] > 0
         assert classifier.description.data.seed == seed
         assert run["temperature"] != 1
-    layers = 12 * 12 * 16 * 25, 5 * 5 * 32 * 144, 3 * 3 * 96 * 288, 864 * 10
+    layers = 12 * 12 * 16 * 25, 4 * 4 * 32 * 144, 2 * 2 * 96 * 288, 384 * 10
     assert run["scoring_multiply_adds"] == 5 * 360 * sum(layers)
     assert run["training_multiply_adds"] == 1437 * (2 * layers[0] + 3 * sum(layers[1:]))
 

@@ -491,7 +491,7 @@ def test_a_study_on_postgresql_keeps_its_password_to_itself(run, tmp_path, serve
     assert ended.status == 0
     for file in (tmp_path / "study").rglob("*"):
         assert not file.is_file() or b"secret" not in file.read_bytes()
-    refused(run("mnist-sweep", "report=study"), "cannot be used: ")
+    refused(run("mnist-sweep", "report=study"), "give storage=… again")
     assert run("mnist-sweep", "report=study", f"storage={server.url}").status == 0
     wrong = server.url.replace("secret", "wrong")
     ended = run(*words, f"storage={wrong}", "folder=other")
