@@ -192,6 +192,8 @@ def calibrate(
         everything += [classifier.member_logits(each) for each in corrupted]
     fitted = everything if config.corruptions else [member_logits]
     factor = fit_temperature(torch.cat(fitted, 1), digits.labels.repeat(len(fitted)))
+    if factor == 1:
+        log.warning("warning: none of the digits is wrong, so they tell no temperature: it stays as it is")
     error = score(mean_logits(member_logits / factor), digits.labels).calibration_error
     sure = sure_from(mean_logits(torch.cat(everything, 1) / factor), digits.labels.repeat(len(everything)))
     found = {"temperature": description.temperature * factor, "unsure_below": sure}

@@ -614,6 +614,7 @@ def test_a_temperature_of_shifts_divides_each_before_the_mean():
     loss = [F.nll_loss(mean_logits(each / t), labels).item() for t in (0.9 * found, found, 1.1 * found)]
     assert loss[1] == min(loss)
     assert fit_temperature(each[0], labels) == fit_temperature(each[:1], labels)
+    assert fit_temperature(each[0], each[0].argmax(1)) == 1  # where none is wrong, none is found
 
 
 def test_from_a_sure_probability_on_answers_are_right():

@@ -77,11 +77,14 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The number, 0.05 to 20, that makes the cross entropy least when the logits are divided by it (Guo et al., 2017).
 
-    Logits (N, classes), or (M, N, classes) of M networks or shifts whose probabilities are averaged; labels (N,).
+    Logits (N, classes), or (M, N, classes) of M networks or shifts whose probabilities are averaged; labels (N,). 1.0
+    where no answer is wrong: the least cross entropy would be that of endless sureness.
     """
     from scipy.optimize import minimize_scalar
 
     each = logits.double().view(-1, *logits.shape[-2:])  # (M, N, classes)
+    if (each.softmax(2).mean(0).argmax(1) == labels).all():
+        return 1.0
 
     def loss(log_temperature: float) -> float:
         divided = torch.log_softmax(each / math.exp(log_temperature), 2)
