@@ -16,6 +16,7 @@ import yaml
 
 from mnist_cnn.config.schema import UserError
 from mnist_cnn.config.settings import CONF, Train
+from mnist_cnn.runs.command_line import override_key
 
 MAXIMUM_SIZE = 16 * 2**20  # bytes of such a file
 LIBRARIES = r"torch\.optim\.(lr_scheduler\.)?[A-Z]\w*|pytorch_lightning\.loggers\.[A-Z]\w*"
@@ -101,7 +102,7 @@ def require_own_files(folder: Path) -> None:
 
 def plain_override(word: str) -> bool:
     """Whether an override is taken from a folder, or has to be given again."""
-    key = word.lstrip("+~").partition("=")[0]
+    key = override_key(word)
     hydra = key.startswith("hydra") and not PLAIN_HYDRA.fullmatch(word.lstrip("+"))
     return not (hydra or "_target_" in word or re.search(r"\$\{.*:", word) or re.fullmatch(NAMING, key))
 

@@ -17,19 +17,17 @@ BENCHMARK = RESULTS / "benchmark.json"
 STUDY_PICTURE = RESULTS / "study.png"
 FRONT, DETAILS = ROOT / "README.md", ROOT / "scripts" / "README.md"
 PARTS = (  # of scripts/benchmark
-    *(
-        "tax",
-        "dropout",
-        "keras",
-        "limits",
-        "startup",
-        "predict",
-        "scale",
-        "draw",
-        "communication",
-        "data_parallel",
-        "cuda",
-    ),
+    "tax",
+    "dropout",
+    "keras",
+    "limits",
+    "startup",
+    "predict",
+    "scale",
+    "draw",
+    "communication",
+    "data_parallel",
+    "cuda",
 )
 
 
