@@ -176,7 +176,7 @@ def claim(folder: Path, by_user: bool = False, check: Callable[[Path], None] = r
             continue
         try:
             lock = _lock(candidate)
-        except FileNotFoundError:  # another process had made it for nothing, and has just taken it away
+        except (FileNotFoundError, FileExistsError):  # another process, which made it for nothing, has just removed it
             continue
         try:
             check(candidate)
