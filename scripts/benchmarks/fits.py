@@ -98,22 +98,14 @@ def tensorflow():
     return python
 
 
-def compare_with_others(recipe, fit):
-    """A fit by everybody who can run it, an epoch each in turn."""
+def compare_with(other, recipe, fit, *overrides, python=sys.executable):
+    """A fit by another and by us, an epoch each in turn."""
     epochs = max(fit, TURNS + 1)  # a fit of fewer gives too few pairs: it goes on
-    if recipe:
-        others = {
-            "stock": contestant("stock", recipe, epochs),
-            "keras": contestant("keras", recipe, epochs, python=tensorflow()),
-        }
-    else:
-        others = {"example": contestant("example", None, epochs)}
-    commands = others | {
-        precision: ours(recipe, epochs, value, *([] if recipe else EXAMPLE)) for precision, value in PRECISIONS.items()
-    }
+    commands = {other: contestant(other, recipe, epochs, python=python)}
+    commands |= {name: ours(recipe, epochs, value, *overrides) for name, value in PRECISIONS.items()}
     seconds, accuracy = take_turns(commands, epochs)
-    ratios = {f"{mine} / {other}": ratio(seconds[mine], seconds[other]) for mine in PRECISIONS for other in others}
-    print("keras", recipe, {name: spread(value) for name, value in ratios.items()}, file=sys.stderr)
+    ratios = {f"{mine} / {other}": ratio(seconds[mine], seconds[other]) for mine in PRECISIONS}
+    print(recipe, {name: spread(value) for name, value in ratios.items()}, file=sys.stderr)
     return {
         "recipe": f"`{recipe}`" if recipe else "PyTorch's example",
         "epochs": epochs,
@@ -124,8 +116,7 @@ def compare_with_others(recipe, fit):
     }
 
 
-def keras():
-    rows = [compare_with_others(recipe, fit) for recipe, fit in [*RECIPES.items(), (None, 3)]]
+def fits_table(rows):
     table = [
         "| recipe | run by | fit, s (epochs) | test accuracy, % (epochs) | our float32 / it | our bfloat16 / it |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -134,14 +125,28 @@ def keras():
         for name, title in RUN_BY.items():
             if name not in row["seconds"]:
                 continue
-            figures = [row["ratios"].get(f"{mine} / {name}") for mine in PRECISIONS]
+            figures = [row["ratios"].get(f"{mine} / {name}") for mine in ("float32", "bfloat16")]
             own = " | ".join(spread(figure) if figure else "" for figure in figures)
             total = sum(row["seconds"][name][: row["fit"]])
             accuracy = f"{100 * row['accuracy'][name]:.2f} ({row['epochs']})"
             table.append(f"| {row['recipe']} | {title} | {total:.1f} ({row['fit']}) | {accuracy} | {own} |")
     note = (
         "Fits from the first batch to the last, warming up included; accuracies of one seed. In brackets the epochs: "
-        "where a fit has fewer than six, the turns went on to six. Ratios are of single epochs, in turn. Keras "
-        "validates on the test digits where the tutorial does so (`conv32_32_dropout`, `conv10`), we do not."
+        "where a fit has fewer than six, the turns went on to six. Ratios are of single epochs, in turn."
     )
-    return rows, [*table, "", note]
+    return [*table, "", note]
+
+
+def keras():
+    rows = [compare_with("keras", recipe, fit, python=tensorflow()) for recipe, fit in RECIPES.items()]
+    *table, note = fits_table(rows)
+    validates = (
+        "Keras validates on the test digits where the tutorial does so (`conv32_32_dropout`, `conv10`), we do not."
+    )
+    return rows, [*table, f"{note} {validates}"]
+
+
+def habit():
+    rows = [compare_with("stock", recipe, fit) for recipe, fit in RECIPES.items()]
+    rows.append(compare_with("example", None, 3, *EXAMPLE))
+    return rows, fits_table(rows)

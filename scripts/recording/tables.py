@@ -20,6 +20,7 @@ PARTS = (  # of scripts/benchmark
     "tax",
     "dropout",
     "keras",
+    "habit",
     "limits",
     "startup",
     "predict",
