@@ -230,8 +230,6 @@ def guarded(work: Callable[[], Any], folder: Path, fail_fast: bool = False) -> A
 
 def run_command(task: Callable[[], Any], config_name: str) -> NoReturn:
     """Run a `@hydra.main` task as a command: `task` ends by SystemExit or returns for status 0."""
-    # Before torch is imported: threads that spin while they wait take the cores from whoever else has work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["MPLBACKEND"] = (
         "agg"  # pictures go to files; a notebook's own backend is not there for its `!mnist-train`
     )

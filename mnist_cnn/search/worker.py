@@ -241,7 +241,8 @@ def start_workers(settings: SweepSettings, folder: Path) -> dict[int, tuple[subp
     threads = settings.accelerator.threads or threads_of_job(settings.workers)
     if settings.accelerator.threads is None:  # part of each trial: the bits of its weights depend on it
         words.append(f"accelerator.threads={threads}")
-    environment = {**os.environ, PARENT: str(os.getpid())}
+    # Threads that spin while they wait would take the cores from the other workers.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, PARENT: str(os.getpid())}
     environment.pop("HYDRA_FULL_ERROR", None)
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     gpus = [] if settings.accelerator.name == "cpu" else visible_gpus()
