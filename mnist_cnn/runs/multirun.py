@@ -201,6 +201,8 @@ def share_machine(config: DictConfig, jobs: list[Job]) -> None:
         asked = OmegaConf.select(config, key) or 0
         at_once = asked if asked > 0 else len(gpus) or cores()
         _set_everywhere(config, key, min(at_once, len(jobs) or at_once))
+        # Threads that spin while they wait would take the cores from the other jobs.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def with_own_threads(settings: Train) -> Train:

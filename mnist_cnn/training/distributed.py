@@ -86,8 +86,11 @@ def launch(
     for name in ("torch", "torch.distributed"):  # handlers, as each of the loggers below them has a level of its own
         for handler in logging.getLogger(name).handlers:
             handler.setLevel(logging.CRITICAL)
-    environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **({"GLOO_SOCKET_IFNAME": LOOPBACK} if not asked.rendezvous else {})}
-    environment["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait take the cores from other ranks
+    environment = {
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait would take the cores from the other ranks
+        **({"GLOO_SOCKET_IFNAME": LOOPBACK} if not asked.rendezvous else {}),
+    }
     added = {name: value for name, value in environment.items() if value and name not in os.environ}
     os.environ.update(added)
     multiprocessing.set_forkserver_preload([__name__])  # torch is imported once for all ranks and jobs
