@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,32 +19,37 @@ EACH_DAMAGE = 0.15  # of the damaged digits, the fraction that each kind of dama
 class Augment:
     """Digits (N, 1, 28, 28), pixels 0–255, each changed by random amounts, to float32; labels are (N,).
 
-    What is changed, and how much at most, conf/augmentation says. The draws are of torch's default generator on the
-    CPU, whose state is a function of the step.
+    What is changed, and how much at most, conf/augmentation says. The draws are of the device's default generator,
+    whose state is a function of the step.
     """
 
     def __init__(self, settings: Augmentation) -> None:
         self.settings = settings
         angles = math.radians(settings.rotation), math.radians(settings.shear)
         self.bounds = torch.tensor([*angles, settings.scale, settings.shift, settings.shift])[:, None]
+        self.moves = bool(self.bounds.any())
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         settings = self.settings
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 would move pixels
             images = on_some(images.float(), settings.hands, lambda some, which: other_hand(some, labels[which]))
             images = on_some(images, settings.thickness, lambda some, _: thicker_or_thinner(some))
-            if self.bounds.any():
-                images = warped(images, self.bounds * (2 * torch.rand(len(self.bounds), len(images)) - 1))
+            if self.moves:
+                bounds = self.bounds = self.bounds.to(images.device)
+                images = warped(images, bounds * (2 * torch.rand(len(bounds), len(images), device=images.device) - 1))
             if settings.elastic:
                 images = displaced(images, settings.elastic * _uniform(images, 0, 1), 5)
             return on_some(images, settings.damage, lambda some, _: damaged(some))
 
 
-def on_some(images: Tensor, fraction: float, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def on_some(images: Tensor, fraction: float, change: Callable[[Tensor, Any], Tensor]) -> Tensor:
     """Images (N, 1, H, W), a random `fraction` of them changed: `change` takes them and their indices."""
     if not fraction:
         return images
-    which = (torch.rand(len(images)) < fraction).nonzero()[:, 0].to(images.device)
+    chosen = torch.rand(len(images), device=images.device) < fraction
+    if images.device.type != "cpu":  # one would have to wait for how many there are
+        return torch.where(chosen.view(-1, 1, 1, 1), change(images, slice(None)), images)
+    which = chosen.nonzero()[:, 0]
     return images.index_copy(0, which, change(images[which], which)) if len(which) else images
 
 
@@ -81,8 +87,8 @@ def displaced(images: Tensor, amount: Tensor, cells: int) -> Tensor:
 
     Neighbours move alike: the draws are smooth over a grid of `cells` × `cells`.
     """
-    count, _, height, width = images.shape
-    offsets = _smooth(torch.rand(count, 2, cells, cells) * 2 - 1, images) * amount * 2 / width
+    height, width = images.shape[-2:]
+    offsets = _smooth(_uniform(images, -1, 1, 2, cells, cells), images) * amount * 2 / width
     grid = _places(height, width, images.device)[:2].view(1, 2, height, width) + offsets
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), align_corners=False)
 
@@ -110,22 +116,28 @@ HANDS = (
 
 def other_hand(images: Tensor, labels: Tensor) -> Tensor:
     """Digits (N, 1, 28, 28) with half of the strokes of `HANDS` that belong to their labels (N,)."""
-    device, rows = images.device, torch.arange(28)
-    ink = images[:, 0].cpu() > 100
+    device = images.device
+    rows = torch.arange(28, device=device)
+    ink = images[:, 0] > 100
     filled = torch.stack([ink.any(2), ink[:, :, :14].any(2)]).int()  # of the whole digit, of its left half
     top, left = filled.argmax(2)
     bottom = 27 - filled[0].flip(1).argmax(1)
     places = []
     for row, part in ((top, 28), ((top + bottom) // 2, 28), (bottom, 28), (left, 14)):
-        line = ink[torch.arange(len(ink)), row, :part].float()
+        line = ink[torch.arange(len(ink), device=device), row, :part].float()
         places.append(torch.stack([(line @ rows[:part].float()) / line.sum(1).clamp(min=1), row.float()], 1))
     strokes = []
     for label, start, begin, end, finish in HANDS:
-        jitter = (0.4 + 1.2 * torch.rand(len(ink), 1)) * (0.8 + 0.4 * torch.rand(len(ink), 4))
-        ends = torch.cat([places[start], places[end]], 1) + torch.tensor([*begin, *finish]) * jitter
-        drawn = (labels.cpu() == label) & (torch.rand(len(ink)) < 0.5)
+        jitter = _uniform(images, 0.4, 1.6, 1) * _uniform(images, 0.8, 1.2, 4)
+        ends = torch.cat([places[start], places[end]], 1) + _row(*begin, *finish, device=device) * jitter
+        drawn = (labels == label) & (_uniform(images, 0, 1, 1)[:, 0] < 0.5)
         strokes.append(torch.where(drawn[:, None], ends, -99.0))  # else far outside
-    return torch.maximum(images, 255 * segments(torch.stack(strokes, 1).to(device), _uniform(images, 2, 5)))
+    return torch.maximum(images, 255 * segments(torch.stack(strokes, 1), _uniform(images, 2, 5)))
+
+
+@cache
+def _row(*numbers: float, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, device=device)
 
 
 def segments(ends: Tensor, width: Tensor) -> Tensor:
@@ -152,12 +164,12 @@ def damaged(images: Tensor) -> Tensor:
 
 def _uniform(images: Tensor, low: float, high: float, *shape: int) -> Tensor:
     """Random numbers, one for each image, (N, 1, 1, 1), or (N, *shape)."""
-    return (low + (high - low) * torch.rand(len(images), *(shape or (1, 1, 1)))).to(images.device)
+    return low + (high - low) * torch.rand(len(images), *(shape or (1, 1, 1)), device=images.device)
 
 
 def _smooth(values: Tensor, images: Tensor) -> Tensor:
     """Random values (N, C, cells, cells) as smooth clouds over images, (N, C, H, W)."""
-    return F.interpolate(values.to(images.device), images.shape[-2:], mode="bicubic", align_corners=False)
+    return F.interpolate(values, images.shape[-2:], mode="bicubic", align_corners=False)
 
 
 def _filtered(images: Tensor, kernels: Tensor) -> Tensor:
@@ -169,7 +181,7 @@ def _filtered(images: Tensor, kernels: Tensor) -> Tensor:
 
 def edges(images: Tensor) -> Tensor:
     """Only what changes from a pixel to the next, as a random filter without a mean finds it, stretched to full ink."""
-    kernels = torch.randn(len(images), 3, 3).to(images.device)
+    kernels = torch.randn(len(images), 3, 3, device=images.device)
     found = _filtered(images, kernels - kernels.mean((1, 2), keepdim=True)).abs()
     return found * _uniform(images, 1, 3) / found.amax((2, 3), keepdim=True).clamp(min=0.01)
 
@@ -183,7 +195,7 @@ def lines(images: Tensor) -> Tensor:
 
 def blots(images: Tensor) -> Tensor:
     """Spots, bright or dark, of soft edges."""
-    mask = _smooth(torch.rand(len(images), 1, 10, 10), images) - _uniform(images, 0.65, 0.95)
+    mask = _smooth(_uniform(images, 0, 1, 1, 10, 10), images) - _uniform(images, 0.65, 0.95)
     level = (_uniform(images, 0, 1) < 0.6) * _uniform(images, 0.4, 1)
     return torch.lerp(images, level, (mask * _uniform(images, 3, 20)).clamp(0, 1))
 
@@ -215,7 +227,7 @@ def blur(images: Tensor) -> Tensor:
 
 def background(images: Tensor) -> Tensor:
     """Paper of uneven light."""
-    clouds = _smooth(torch.rand(len(images), 1, 5, 5), images)
+    clouds = _smooth(_uniform(images, 0, 1, 1, 5, 5), images)
     return torch.lerp(images, clouds * _uniform(images, 0.3, 1.5), _uniform(images, 0.2, 0.8))
 
 
@@ -226,12 +238,12 @@ def contrast(images: Tensor) -> Tensor:
 
 def noise(images: Tensor) -> Tensor:
     """Normal noise on every pixel."""
-    return images + _uniform(images, 0, 0.4) * torch.randn(images.shape).to(images.device)
+    return images + _uniform(images, 0, 0.4) * torch.randn_like(images)
 
 
 def specks(images: Tensor) -> Tensor:
     """Single pixels, bright or dark."""
-    draws = torch.rand(images.shape).to(images.device)
+    draws = torch.rand_like(images)
     fraction = _uniform(images, 0, 0.3)
     return torch.where(draws < fraction / 2, 1.0, torch.where(draws > 1 - fraction / 2, 0.0, images))
 

@@ -31,8 +31,14 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Refuse what the device would do, but by emulation, up to hundreds of times slower.
 
     Raises:
-        UserError: half precision away from CUDA, or bfloat16 on a CPU without instructions for it.
+        UserError: half precision away from CUDA, or bfloat16 on a device without instructions for it.
     """
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if emulated and precision == "bf16-mixed":
+        raise UserError(
+            "accelerator.precision=bf16-mixed: this GPU has no bfloat16 instructions and would emulate them; "
+            "use 16-mixed or 32-true"
+        )
     if device.type != "cpu" or precision == "32-true":
         return
     if precision == "16-mixed":

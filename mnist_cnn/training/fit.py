@@ -201,6 +201,9 @@ def prepare(config: Train) -> torch.device:
     check_precision(config.accelerator.precision, device)
     if config.trainer.get("sync_batchnorm") and device.type == "cpu":
         raise UserError("trainer.sync_batchnorm=true: torch has it for CUDA only; leave it out on a CPU")
+    if device.type == "cuda":  # 32-true is float32: TF32 would keep 10 bits of each factor's fraction
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
     if config.accelerator.threads:
         torch.set_num_threads(config.accelerator.threads)
     trust(config.architecture.own_modules() | set(config.modules))
