@@ -54,10 +54,16 @@ class DigitLoader:
         images, labels = self.digits
         first, self._first = self._first % max(len(self), 1), 0
         indices = self.order().to(labels.device) if self.order else torch.arange(len(labels), device=labels.device)
-        batches = indices.split(self.batch_size)
-        for position in range(first, len(batches)):
+        at_once = self.ranks == 1 and labels.device.type != "cpu"  # else each batch waits for two more launches
+        if at_once:
+            images, labels = images.index_select(0, indices), labels.index_select(0, indices)
+        for position in range(first, len(self)):
             self.position = position + 1
-            chosen, weight = batches[position], list[float]()
+            cut = slice(position * self.batch_size, (position + 1) * self.batch_size)
+            if at_once:
+                yield images[cut], labels[cut]
+                continue
+            chosen, weight = indices[cut], list[float]()
             if self.ranks > 1:
                 chosen, *weight = self._part(chosen)
             yield images.index_select(0, chosen), labels.index_select(0, chosen), *weight

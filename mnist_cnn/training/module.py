@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from mnist_cnn.config.schema import NotFiniteError
+from mnist_cnn.data.augmentation import Augment
 from mnist_cnn.data.datamodule import MNISTDataModule
 from mnist_cnn.models.checkpoint import FORMAT, rebuild, trust
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.runs.folder import versions
+from mnist_cnn.training.cuda_graph import StepGraph
 
 REMEDY = "try a smaller optimizer.lr, or a schedule that begins lower; the checkpoint before it is kept"
 PENDING = 32  # batches whose results are added to the sums at once: a small network's step takes no longer than that
@@ -123,6 +125,7 @@ class DigitClassifier(pl.LightningModule):
         self._training_sums, self._validation_sums = EpochSums(), EpochSums()
         self._validated: EpochRow = {}  # the last validation's figures in this epoch
         self._unfinished: dict[str, Any] | None = None  # from a checkpoint within an epoch
+        self._graph: StepGraph | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Images uint8 (N, 1, 28, 28) to logits (N, classes)."""
@@ -149,12 +152,21 @@ class DigitClassifier(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels, *weight = batch  # the weight: see DigitLoader
-        if self.augment is not None:
-            images = self.augment(images, labels)
-        logits = self.network(images)  # (B, classes)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        graph = None if torch.compiler.is_compiling() else self._graph
+        loss, logits = (graph or self.loss_of)(images, labels)
         self._count(loss.detach(), logits.detach(), labels, *weight)
         return loss * weight[0] if weight else loss
+
+    def loss_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss () of images (B, 1, 28, 28) and labels (B,) in training, and the logits (B, classes)."""
+        if self.augment is not None:
+            images = self.augment(images, labels)
+        logits = self.network(images)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), logits
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        if self._graph is None or not self._graph.backward():
+            super().backward(loss, *arguments, **options)
 
     @torch.compiler.disable  # counting is no part of a compiled step
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: float = 1.0) -> None:
@@ -181,12 +193,26 @@ class DigitClassifier(pl.LightningModule):
         if self._unfinished is not None:  # Lightning goes on within the epoch: on_train_epoch_start is not called
             self._begin_epoch()
 
+    def _may_be_graphed(self) -> bool:
+        """Whether a step is one of ours from its batch to its gradients, and nobody scales, sums or traces those."""
+        ours = isinstance(self.augment, Augment | None) and not self.network.specification.own_modules()
+        alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
+        scaled = self.trainer.precision == "16-mixed"
+        return self.device.type == "cuda" and ours and alone and not scaled and not torch.is_anomaly_enabled()
+
+    def on_train_end(self) -> None:
+        self._graph = None  # and its memory
+
     def on_train_epoch_start(self) -> None:
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
         if not any(parameter.requires_grad for parameter in self.network.blocks.parameters()):
             self.network.blocks.eval()  # frozen: neither dropout nor batch norm's statistics move
+        if not self._may_be_graphed():
+            self._graph = None
+        elif self._graph is None:
+            self._graph = StepGraph(self.network, self.loss_of)
         self._validated = {}
         self._training_sums.reset()
         self.started, self.rate = time.perf_counter(), self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mnist_cnn.training.cuda_graph import Graphed
 from mnist_cnn.training.optimizers import ClosureOptimizer
 
 
@@ -52,27 +54,29 @@ class Muon(ClosureOptimizer):
         # Each rate is `lr` times the ratio, so that schedules that set `lr` need not know of a second one.
         rest |= {"ratio": lr_rest / lr, "betas": betas, "eps": eps}
         super().__init__([muon, rest], {"lr": lr, "weight_decay": weight_decay})
+        self.graphed: tuple[int, ...] = ()  # where the means lie that the graph moves: a checkpoint brings new ones
 
     def move(self) -> None:
         muon, rest = self.param_groups
-        for weight in muon["params"]:
-            if weight.grad is not None:
-                self._orthogonal(muon, weight, weight.grad)
+        self._orthogonal(muon, [weight for weight in muon["params"] if weight.grad is not None])
         self._adamw(rest, [weight for weight in rest["params"] if weight.grad is not None])
 
-    def _orthogonal(self, group: dict[str, Any], weight: Tensor, gradient: Tensor) -> None:
-        if not self.state[weight]:
-            self.state[weight]["mean"] = torch.zeros_like(weight)
-        mean = self.state[weight]["mean"].lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
-        # Channels last, as they lie in memory: a view. The order of columns makes no difference.
-        last = update.movedim(1, -1) if update.ndim > 2 else update
-        update = orthogonalized(last.flatten(1), group["ns_steps"]).view(last.shape)
-        update = update.movedim(-1, 1) if update.ndim > 2 else update
-        rows, columns = len(weight), weight[0].numel()
+    def _orthogonal(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        """W ← (1 - lr λ) W - lr √max(1, rows/columns) · the momentum, made near orthogonal."""
+        if not weights:
+            return
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["mean"] = torch.zeros_like(weight)
+        means = [self.state[weight]["mean"] for weight in weights]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        find = partial(updates_of, means, group["momentum"], group["nesterov"], group["ns_steps"])
+        if weights[0].is_cuda and self.graphed != (lying := tuple(mean.data_ptr() for mean in means)):
+            self.graph, self.graphed = Graphed(find, gradients, means), lying
+        updates = self.graph(*gradients) if weights[0].is_cuda else find(*gradients)
         if group["weight_decay"]:
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
     def _adamw(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         """w ← (1 - lr λ) w - lr m̂ / (√v̂ + ε), by torch's fused kernel."""
@@ -98,6 +102,19 @@ class Muon(ClosureOptimizer):
             amsgrad=False,
             maximize=False,
         )
+
+
+def updates_of(means: list[Tensor], momentum: float, nesterov: bool, ns_steps: int, *gradients: Tensor) -> list[Tensor]:
+    """Moves `means`; their layers' updates (filters, …), near orthogonal and times √max(1, rows/columns)."""
+    torch._foreach_lerp_(means, gradients, 1 - momentum)
+    updates = []
+    for update in torch._foreach_lerp(gradients, means, momentum) if nesterov else means:
+        # Channels last, as they lie in memory: a view. The order of columns makes no difference.
+        last = update.movedim(1, -1) if update.ndim > 2 else update
+        matrix = last.flatten(1)
+        matrix = orthogonalized(matrix, ns_steps) * math.sqrt(max(1, len(matrix) / matrix.shape[1]))
+        updates.append(matrix.view(last.shape).movedim(-1, 1) if update.ndim > 2 else matrix)
+    return updates
 
 
 def orthogonalized(matrix: Tensor, steps: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 def run_result(folder):
     """All of a run that must not depend on when it was stopped: its checkpoints, metrics.csv and metrics.json."""
     checkpoints = {
-        name: plain_content(torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True))
+        name: plain_content(torch.load(folder / "checkpoints" / f"{name}.ckpt", map_location="cpu", weights_only=True))
         for name in ("best", "last")
     }
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / "metrics.csv").open())]
