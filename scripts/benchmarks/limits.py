@@ -54,16 +54,17 @@ def product(dtype):
     return rate(lambda: a @ b, 2 * 1024**3)
 
 
-def training(network, batches, precision, optimizer=KerasAdam):
+def training(network, batches, precision, optimizer=KerasAdam, device="cpu"):
     """Seconds that the steps take."""
     optimizer = optimizer(network.parameters())
     start = time.perf_counter()
     for images, labels in batches:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = F.cross_entropy(network(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    loss.item()
     return time.perf_counter() - start
 
 
