@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import NETWORK, QUICK, STEPS, equal, metrics, said, same, weights
-from pytorch_lightning.callbacks import BaseFinetuning
+from pytorch_lightning.callbacks import BaseFinetuning, EMAWeightAveraging, ModelPruning
 
 from mnist_cnn import ConvNet, DigitClassifier, MNISTDataModule, load_classifier
 from mnist_cnn.config.schema import UserError
@@ -32,10 +32,10 @@ def trained(run, *words):
     return ended.folder()
 
 
-def by_trainer(*callbacks, accelerator="gpu", **flags):
+def by_trainer(*callbacks, accelerator="gpu", kind=DigitClassifier, **flags):
     """The weights, on the CPU, that a plain Trainer leaves, and the module."""
     torch.manual_seed(1)
-    module = DigitClassifier(ConvNet(SMALL), lambda weights: torch.optim.SGD(weights, lr=0.05))
+    module = kind(ConvNet(SMALL), lambda weights: torch.optim.SGD(weights, lr=0.05))
     trainer = pl.Trainer(accelerator=accelerator, devices=1, max_epochs=2, callbacks=[*callbacks], **SILENT, **flags)
     trainer.fit(module, datamodule=MNISTDataModule("digits"))
     return {name: value.cpu() for name, value in module.state_dict().items()}, module
@@ -69,6 +69,27 @@ class Thaw(BaseFinetuning):
     def finetune_function(self, module, epoch, optimizer):
         if epoch == 1:
             self.unfreeze_and_add_param_group(module.network.blocks, optimizer)
+
+
+@pytest.mark.parametrize(
+    "callback", [lambda: EMAWeightAveraging(decay=0.9), lambda: ModelPruning("l1_unstructured", amount=0.3)]
+)
+def test_a_callback_may_change_weights_and_layers(callback):
+    gpu, cpu = by_trainer(callback())[0], by_trainer(callback(), accelerator="cpu")[0]
+    assert close(gpu, cpu)
+    assert not close(gpu, by_trainer()[0])
+
+
+class Twice(DigitClassifier):
+    """A step of the user's own."""
+
+    def training_step(self, batch, batch_idx):
+        return 2 * super().training_step(batch, batch_idx)
+
+
+def test_a_subclass_may_have_its_own_step():
+    assert close(by_trainer(kind=Twice)[0], by_trainer(kind=Twice, accelerator="cpu")[0])
+    assert not close(by_trainer(kind=Twice)[0], by_trainer()[0])
 
 
 def test_a_callback_may_free_weights_while_a_run_goes_on():

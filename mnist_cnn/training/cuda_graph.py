@@ -48,10 +48,11 @@ class StepGraph:
     """Loss, logits and gradients of a batch by a graph; `loss_of` gives the first two, in training.
 
     Batches of the first shape that comes twice in a row are replayed; others, as the last short one, go the usual way.
+    `layers` says what the network was when the graph was made.
     """
 
-    def __init__(self, network: nn.Module, loss_of: LossOf) -> None:
-        self.network, self.loss_of = network, loss_of
+    def __init__(self, network: nn.Module, loss_of: LossOf, layers: tuple[str, ...] = ()) -> None:
+        self.network, self.loss_of, self.layers = network, loss_of, layers
         self.parameters = [*network.parameters()]
         self.key: tuple[Any, ...] = ()  # of the batches that the graph is for
         self.last: tuple[Any, ...] = ()

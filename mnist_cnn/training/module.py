@@ -195,7 +195,8 @@ class DigitClassifier(pl.LightningModule):
 
     def _may_be_graphed(self) -> bool:
         """Whether a step is one of ours from its batch to its gradients, and nobody scales, sums or traces those."""
-        ours = isinstance(self.augment, Augment | None) and not self.network.specification.own_modules()
+        own = type(self) is not DigitClassifier or bool(self.network.specification.own_modules())
+        ours = isinstance(self.augment, Augment | None) and not own
         alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
         scaled = self.trainer.precision == "16-mixed"
         return self.device.type == "cuda" and ours and alone and not scaled and not torch.is_anomaly_enabled()
@@ -209,10 +210,11 @@ class DigitClassifier(pl.LightningModule):
     def _begin_epoch(self) -> None:
         if not any(parameter.requires_grad for parameter in self.network.blocks.parameters()):
             self.network.blocks.eval()  # frozen: neither dropout nor batch norm's statistics move
+        layers = (repr(self.network), *self.network.state_dict())  # a callback may change them between epochs
         if not self._may_be_graphed():
             self._graph = None
-        elif self._graph is None:
-            self._graph = StepGraph(self.network, self.loss_of)
+        elif self._graph is None or self._graph.layers != layers:
+            self._graph = StepGraph(self.network, self.loss_of, layers)
         self._validated = {}
         self._training_sums.reset()
         self.started, self.rate = time.perf_counter(), self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -54,7 +54,7 @@ class Muon(ClosureOptimizer):
         # Each rate is `lr` times the ratio, so that schedules that set `lr` need not know of a second one.
         rest |= {"ratio": lr_rest / lr, "betas": betas, "eps": eps}
         super().__init__([muon, rest], {"lr": lr, "weight_decay": weight_decay})
-        self.graphed: tuple[int, ...] = ()  # where the means lie that the graph moves: a checkpoint brings new ones
+        self.graphed: tuple[float, ...] = ()  # the numbers and the places of the means that the graph is for
 
     def move(self) -> None:
         muon, rest = self.param_groups
@@ -71,8 +71,9 @@ class Muon(ClosureOptimizer):
         means = [self.state[weight]["mean"] for weight in weights]
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         find = partial(updates_of, means, group["momentum"], group["nesterov"], group["ns_steps"])
-        if weights[0].is_cuda and self.graphed != (lying := tuple(mean.data_ptr() for mean in means)):
-            self.graph, self.graphed = Graphed(find, gradients, means), lying
+        key = (*find.args[1:], *(mean.data_ptr() for mean in means))  # a checkpoint brings new means
+        if weights[0].is_cuda and self.graphed != key:
+            self.graph, self.graphed = Graphed(find, gradients, means), key
         updates = self.graph(*gradients) if weights[0].is_cuda else find(*gradients)
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
