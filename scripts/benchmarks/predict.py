@@ -70,7 +70,7 @@ def predict():
         Image.fromarray(digit).save(file)
     np.save(f"{folder}/digits.npy", digits)
     with contextlib.redirect_stdout(io.StringIO()):
-        export(Export(checkpoint=f"{folder}/run", format="onnx", output=f"{folder}/network.onnx"))
+        export(Export(checkpoint=f"{folder}/run", format="onnx", output=f"{folder}/network.onnx", modules=[]))
     portable = load_classifier(f"{folder}/network.onnx", "cpu")
 
     def command(images, mode):
