@@ -1,6 +1,8 @@
 """On a GPU: `scripts/test -m gpu`. Everything else runs without one."""
 
+import copy
 import signal
+from contextlib import nullcontext
 
 import pytest
 import pytorch_lightning as pl
@@ -36,7 +38,8 @@ def by_trainer(*callbacks, accelerator="gpu", kind=DigitClassifier, **flags):
     """The weights, on the CPU, that a plain Trainer leaves, and the module."""
     torch.manual_seed(1)
     module = kind(ConvNet(SMALL), lambda weights: torch.optim.SGD(weights, lr=0.05))
-    trainer = pl.Trainer(accelerator=accelerator, devices=1, max_epochs=2, callbacks=[*callbacks], **SILENT, **flags)
+    flags = {"max_epochs": 2, **SILENT, **flags}
+    trainer = pl.Trainer(accelerator=accelerator, devices=1, callbacks=[*callbacks], **flags)
     trainer.fit(module, datamodule=MNISTDataModule("digits"))
     return {name: value.cpu() for name, value in module.state_dict().items()}, module
 
@@ -75,9 +78,46 @@ class Thaw(BaseFinetuning):
     "callback", [lambda: EMAWeightAveraging(decay=0.9), lambda: ModelPruning("l1_unstructured", amount=0.3)]
 )
 def test_a_callback_may_change_weights_and_layers(callback):
-    gpu, cpu = by_trainer(callback())[0], by_trainer(callback(), accelerator="cpu")[0]
+    gpu, cpu = (by_trainer(callback(), accelerator=name, max_epochs=4)[0] for name in ("gpu", "cpu"))
+    assert close(gpu, cpu)
+    assert not close(gpu, by_trainer(max_epochs=4)[0])
+
+
+class Changes(pl.Callback):
+    """Another smoothing and another last layer from the second epoch on; it copies the module, too."""
+
+    def on_train_epoch_start(self, trainer, module):
+        copy.deepcopy(module)
+        if trainer.current_epoch == 1:
+            module.label_smoothing = 0.3
+            with torch.no_grad():
+                module.network.logits.weight.data = module.network.logits.weight / 2
+
+
+class Interrupts(pl.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if index == STEPS // 2:
+            raise RuntimeError("stopped")
+
+
+def test_what_a_callback_changes_is_seen_at_the_next_epoch():
+    gpu, cpu = (by_trainer(Changes(), accelerator=name)[0] for name in ("gpu", "cpu"))
     assert close(gpu, cpu)
     assert not close(gpu, by_trainer()[0])
+
+
+def interrupted_and_fitted_again(accelerator):
+    torch.manual_seed(1)
+    module = DigitClassifier(ConvNet(SMALL), lambda weights: torch.optim.SGD(weights, lr=0.05))
+    for callbacks in ([Interrupts()], []):
+        trainer = pl.Trainer(accelerator=accelerator, devices=1, max_epochs=2, callbacks=callbacks, **SILENT)
+        with pytest.raises(RuntimeError, match="stopped") if callbacks else nullcontext():
+            trainer.fit(module, datamodule=MNISTDataModule("digits"))
+    return {name: value.cpu() for name, value in module.state_dict().items()}
+
+
+def test_a_fit_after_one_that_an_error_ended():
+    assert close(interrupted_and_fitted_again("gpu"), interrupted_and_fitted_again("cpu"))
 
 
 class Twice(DigitClassifier):

@@ -129,6 +129,9 @@ class Dropout(nn.Module):
         self.bits = 8 if (256 * p).is_integer() else 16
         self.kept = min(max(round((1 - p) * 2**self.bits), 1), 2**self.bits - 1)
 
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x

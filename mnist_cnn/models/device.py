@@ -33,8 +33,8 @@ def check_precision(precision: str, device: torch.device) -> None:
     Raises:
         UserError: half precision away from CUDA, or bfloat16 on a device without instructions for it.
     """
-    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if emulated and precision == "bf16-mixed":
+    asked = device.type == "cuda" and precision == "bf16-mixed"
+    if asked and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
             "accelerator.precision=bf16-mixed: this GPU has no bfloat16 instructions and would emulate them; "
             "use 16-mixed or 32-true"

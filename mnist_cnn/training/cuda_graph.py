@@ -31,7 +31,9 @@ class Graphed:
             function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(
+            self.graph, capture_error_mode="thread_local"
+        ):  # a user's loader may pin memory beside it
             self.outputs = function(*self.inputs)
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
@@ -47,39 +49,38 @@ class Graphed:
 class StepGraph:
     """Loss, logits and gradients of a batch by a graph; `loss_of` gives the first two, in training.
 
-    Batches of the first shape that comes twice in a row are replayed; others, as the last short one, go the usual way.
-    `layers` says what the network was when the graph was made.
+    Batches of the first shape that comes twice in a row are replayed; others, as the last short one, go the usual way,
+    with a loss that autograd knows. `form` says what the step was when the graph was made.
     """
 
-    def __init__(self, network: nn.Module, loss_of: LossOf, layers: tuple[str, ...] = ()) -> None:
-        self.network, self.loss_of, self.layers = network, loss_of, layers
-        self.parameters = [*network.parameters()]
+    def __init__(self, network: nn.Module, loss_of: LossOf, form: tuple[Any, ...]) -> None:
+        self.loss_of, self.form = loss_of, form
+        self.parameters, self.buffers = [*network.parameters()], [*network.buffers()]
         self.key: tuple[Any, ...] = ()  # of the batches that the graph is for
         self.last: tuple[Any, ...] = ()
-        self.gradients: Sequence[Tensor] | None = None  # of the last batch, where they were replayed
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss () and logits (B, classes) of images (B, 1, 28, 28) and labels (B,)."""
-        self.gradients = None
-        self.weights = [weight for weight in self.parameters if weight.requires_grad]
-        key = (images.shape, images.dtype, len(self.weights))  # a callback may free weights while a run goes on
+        # A callback may free weights, or put others in their place, while a run goes on.
+        key = (images.shape, images.dtype, *((p.requires_grad, p.data_ptr()) for p in self.parameters))
         again, self.last = key == self.last, key
         if key != self.key:
             if not again:
                 return self.loss_of(images, labels)
-            examples = [images.clone(), labels.clone()]
-            self.graphed, self.key = Graphed(self._with_gradients, examples, [*self.network.buffers()]), key
+            self.weights = [weight for weight in self.parameters if weight.requires_grad]
+            self.graphed = Graphed(self._with_gradients, [images.clone(), labels.clone()], self.buffers)
+            self.key = key
+        for weight in self.weights:
+            weight.grad = None  # else the optimizer, which zeroes gradients after this, could zero the new ones
         loss, logits, self.gradients = self.graphed(images, labels)
         return loss.clone(), logits.clone()
 
     def _with_gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         loss, logits = self.loss_of(images, labels)
-        return loss.detach(), logits.detach(), torch.autograd.grad(loss, self.weights)
+        with torch.autocast("cuda", enabled=False):  # as in Lightning's backward
+            return loss.detach(), logits.detach(), torch.autograd.grad(loss, self.weights)
 
-    def backward(self) -> bool:
-        """Hand out the gradients of the last batch; False where it was not replayed."""
-        if self.gradients is None:
-            return False
+    def backward(self) -> None:
+        """Hand out the gradients of the last batch that was replayed."""
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             weight.grad = gradient
-        return True

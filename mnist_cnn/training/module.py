@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,6 +25,14 @@ from mnist_cnn.training.cuda_graph import StepGraph
 
 REMEDY = "try a smaller optimizer.lr, or a schedule that begins lower; the checkpoint before it is kept"
 PENDING = 32  # batches whose results are added to the sums at once: a small network's step takes no longer than that
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_post_accumulate_grad_hooks",
+    "_compiled_call_impl",
+)
 
 EpochRow = dict[str, float]  # a line of metrics.csv
 
@@ -80,6 +89,12 @@ class EpochSums:
         total = EpochSums()
         total.loss_sum, total.correct, total.seen = sums[0], sums[1].long(), int(sums[2])
         return total
+
+
+def _is_hooked(network: ConvNet) -> bool:
+    """Whether a layer is watched, pruned, compiled or the user's own; torch has no public way to ask."""
+    parts = [*network.modules(), *network.parameters()]
+    return bool(network.specification.own_modules()) or any(getattr(p, hook, None) for p in parts for hook in HOOKS)
 
 
 class DigitClassifier(pl.LightningModule):
@@ -147,8 +162,8 @@ class DigitClassifier(pl.LightningModule):
         # A rank other than 0 draws its own numbers; rank 0 draws those of a single process.
         number = (self.seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx + self.global_rank * 2**40
         torch.default_generator.manual_seed(number % 2**63)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(number % 2**63)
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).manual_seed(number % 2**63)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels, *weight = batch  # the weight: see DigitLoader
@@ -165,8 +180,10 @@ class DigitClassifier(pl.LightningModule):
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), logits
 
     def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
-        if self._graph is None or not self._graph.backward():
+        if self._graph is None or loss.requires_grad:
             super().backward(loss, *arguments, **options)
+        else:  # a graph found this loss, and the gradients with it
+            self._graph.backward()
 
     @torch.compiler.disable  # counting is no part of a compiled step
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: float = 1.0) -> None:
@@ -195,11 +212,24 @@ class DigitClassifier(pl.LightningModule):
 
     def _may_be_graphed(self) -> bool:
         """Whether a step is one of ours from its batch to its gradients, and nobody scales, sums or traces those."""
-        own = type(self) is not DigitClassifier or bool(self.network.specification.own_modules())
-        ours = isinstance(self.augment, Augment | None) and not own
-        alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
+        ours = (
+            type(self) is DigitClassifier and type(self.network) is ConvNet and isinstance(self.augment, Augment | None)
+        )
+        alone = isinstance(self.trainer.strategy, SingleDeviceStrategy) and self.trainer.accumulate_grad_batches == 1
         scaled = self.trainer.precision == "16-mixed"
-        return self.device.type == "cuda" and ours and alone and not scaled and not torch.is_anomaly_enabled()
+        return ours and alone and not scaled and not torch.is_anomaly_enabled() and not _is_hooked(self.network)
+
+    def _form(self) -> tuple[Any, ...]:
+        """What a graph has of this module, so that one is not replayed when a callback has changed it."""
+        modules = (self.network.training, *(each.training for each in self.network.modules()))
+        lying = (value.data_ptr() for value in self.network.state_dict().values())
+        return (repr(self.network), self.label_smoothing, self.augment, *modules, *lying)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_graph": None}  # a copy makes its own
+
+    def on_fit_start(self) -> None:
+        self._graph = None  # of a fit that an error ended
 
     def on_train_end(self) -> None:
         self._graph = None  # and its memory
@@ -210,11 +240,10 @@ class DigitClassifier(pl.LightningModule):
     def _begin_epoch(self) -> None:
         if not any(parameter.requires_grad for parameter in self.network.blocks.parameters()):
             self.network.blocks.eval()  # frozen: neither dropout nor batch norm's statistics move
-        layers = (repr(self.network), *self.network.state_dict())  # a callback may change them between epochs
-        if not self._may_be_graphed():
+        if self.device.type != "cuda" or not self._may_be_graphed():
             self._graph = None
-        elif self._graph is None or self._graph.layers != layers:
-            self._graph = StepGraph(self.network, self.loss_of, layers)
+        elif self._graph is None or self._graph.form != self._form():
+            self._graph = StepGraph(self.network, self.loss_of, self._form())
         self._validated = {}
         self._training_sums.reset()
         self.started, self.rate = time.perf_counter(), self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -28,6 +28,8 @@ class Muon(ClosureOptimizer):
         weight_decay: of all, decoupled: each step takes this share of the rate from a weight.
     """
 
+    graphed: tuple[float, ...] = ()  # the numbers and the places of the means that the graph is for
+
     def __init__(
         self,
         params: Iterable[Tensor],
@@ -54,7 +56,6 @@ class Muon(ClosureOptimizer):
         # Each rate is `lr` times the ratio, so that schedules that set `lr` need not know of a second one.
         rest |= {"ratio": lr_rest / lr, "betas": betas, "eps": eps}
         super().__init__([muon, rest], {"lr": lr, "weight_decay": weight_decay})
-        self.graphed: tuple[float, ...] = ()  # the numbers and the places of the means that the graph is for
 
     def move(self) -> None:
         muon, rest = self.param_groups
@@ -72,9 +73,10 @@ class Muon(ClosureOptimizer):
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         find = partial(updates_of, means, group["momentum"], group["nesterov"], group["ns_steps"])
         key = (*find.args[1:], *(mean.data_ptr() for mean in means))  # a checkpoint brings new means
-        if weights[0].is_cuda and self.graphed != key:
+        graphed = weights[0].is_cuda and not torch.distributed.is_initialized()  # tried on one device only
+        if graphed and self.graphed != key:
             self.graph, self.graphed = Graphed(find, gradients, means), key
-        updates = self.graph(*gradients) if weights[0].is_cuda else find(*gradients)
+        updates = self.graph(*gradients) if graphed else find(*gradients)
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, updates, alpha=-group["lr"])

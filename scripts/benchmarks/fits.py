@@ -98,10 +98,10 @@ def cuda():
             run = mnist_cnn.train([*words, "epochs=3", f"hydra.run.dir={folder}/run"], verbose=False)
             config, _ = read_run(Path(folder, "run"))
             history = load_classifier(Path(folder, "run"), "cpu").description.history
-            ours = [float(row["seconds"]) for row in history]
-            rows.append({"recipe": recipe, "precision": precision, "batch": config.data.batch_size, "ours": ours})
+            epochs = [float(row["seconds"]) for row in history]
+            rows.append({"recipe": recipe, "precision": precision, "batch": config.data.batch_size, "ours": epochs})
             rows[-1] |= {"bare": bare_epoch(config, precision), "accuracy": run.metrics["test/accuracy"]}
-            print("cuda", recipe, precision, f"{min(ours[1:]):.3f} s, bare {rows[-1]['bare']:.3f} s", file=sys.stderr)
+            print("cuda", recipe, precision, f"{min(epochs[1:]):.3f} s, bare {rows[-1]['bare']:.3f} s", file=sys.stderr)
     table = [
         f"| on {torch.cuda.get_device_name()} | precision | batch | bare loop, s an epoch | mnist-train | ratio |",
         "| --- | --- | --- | --- | --- | --- |",
