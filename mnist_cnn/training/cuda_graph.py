@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+
+from mnist_cnn.models.convnet import ConvNet
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_post_accumulate_grad_hooks",
+    "_compiled_call_impl",
+)
 
 LossOf = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -31,9 +43,8 @@ class Graphed:
             function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            self.graph, capture_error_mode="thread_local"
-        ):  # a user's loader may pin memory beside it
+        # Of this thread only: a user's loader may pin memory beside it.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = function(*self.inputs)
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
@@ -84,3 +95,19 @@ class StepGraph:
         """Hand out the gradients of the last batch that was replayed."""
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             weight.grad = gradient
+
+
+def may_be_graphed(network: nn.Module, trainer: pl.Trainer) -> bool:
+    """Whether all layers are ours and nobody watches them, and nobody scales, sums or traces the gradients."""
+    if type(network) is not ConvNet or network.specification.own_modules():
+        return False
+    parts = [*network.modules(), *network.parameters()]
+    hooked = any(getattr(part, hook, None) for part in parts for hook in HOOKS)  # torch has no public way to ask
+    alone = isinstance(trainer.strategy, SingleDeviceStrategy) and trainer.accumulate_grad_batches == 1
+    return alone and trainer.precision != "16-mixed" and not torch.is_anomaly_enabled() and not hooked
+
+
+def form_of(network: nn.Module) -> tuple[Any, ...]:
+    """What a graph has of a network: its layers, whether each trains, and where its weights and buffers lie."""
+    training = (each.training for each in network.modules())
+    return (repr(network), *training, *(value.data_ptr() for value in network.state_dict().values()))

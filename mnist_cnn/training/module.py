@@ -9,7 +9,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,18 +20,10 @@ from mnist_cnn.data.datamodule import MNISTDataModule
 from mnist_cnn.models.checkpoint import FORMAT, rebuild, trust
 from mnist_cnn.models.convnet import ConvNet
 from mnist_cnn.runs.folder import versions
-from mnist_cnn.training.cuda_graph import StepGraph
+from mnist_cnn.training.cuda_graph import StepGraph, form_of, may_be_graphed
 
 REMEDY = "try a smaller optimizer.lr, or a schedule that begins lower; the checkpoint before it is kept"
 PENDING = 32  # batches whose results are added to the sums at once: a small network's step takes no longer than that
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_post_accumulate_grad_hooks",
-    "_compiled_call_impl",
-)
 
 EpochRow = dict[str, float]  # a line of metrics.csv
 
@@ -89,12 +80,6 @@ class EpochSums:
         total = EpochSums()
         total.loss_sum, total.correct, total.seen = sums[0], sums[1].long(), int(sums[2])
         return total
-
-
-def _is_hooked(network: ConvNet) -> bool:
-    """Whether a layer is watched, pruned, compiled or the user's own; torch has no public way to ask."""
-    parts = [*network.modules(), *network.parameters()]
-    return bool(network.specification.own_modules()) or any(getattr(p, hook, None) for p in parts for hook in HOOKS)
 
 
 class DigitClassifier(pl.LightningModule):
@@ -210,20 +195,15 @@ class DigitClassifier(pl.LightningModule):
         if self._unfinished is not None:  # Lightning goes on within the epoch: on_train_epoch_start is not called
             self._begin_epoch()
 
-    def _may_be_graphed(self) -> bool:
-        """Whether a step is one of ours from its batch to its gradients, and nobody scales, sums or traces those."""
-        ours = (
-            type(self) is DigitClassifier and type(self.network) is ConvNet and isinstance(self.augment, Augment | None)
-        )
-        alone = isinstance(self.trainer.strategy, SingleDeviceStrategy) and self.trainer.accumulate_grad_batches == 1
-        scaled = self.trainer.precision == "16-mixed"
-        return ours and alone and not scaled and not torch.is_anomaly_enabled() and not _is_hooked(self.network)
-
-    def _form(self) -> tuple[Any, ...]:
-        """What a graph has of this module, so that one is not replayed when a callback has changed it."""
-        modules = (self.network.training, *(each.training for each in self.network.modules()))
-        lying = (value.data_ptr() for value in self.network.state_dict().values())
-        return (repr(self.network), self.label_smoothing, self.augment, *modules, *lying)
+    def _step_graph(self) -> StepGraph | None:
+        """That of the next epoch's steps, where they may have one: a new one where a callback has changed them."""
+        ours = type(self) is DigitClassifier and isinstance(self.augment, Augment | None)
+        if self.device.type != "cuda" or not ours or not may_be_graphed(self.network, self.trainer):
+            return None
+        form = (self.label_smoothing, self.augment, *form_of(self.network))
+        if self._graph is not None and self._graph.form == form:
+            return self._graph
+        return StepGraph(self.network, self.loss_of, form)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_graph": None}  # a copy makes its own
@@ -240,10 +220,7 @@ class DigitClassifier(pl.LightningModule):
     def _begin_epoch(self) -> None:
         if not any(parameter.requires_grad for parameter in self.network.blocks.parameters()):
             self.network.blocks.eval()  # frozen: neither dropout nor batch norm's statistics move
-        if self.device.type != "cuda" or not self._may_be_graphed():
-            self._graph = None
-        elif self._graph is None or self._graph.form != self._form():
-            self._graph = StepGraph(self.network, self.loss_of, self._form())
+        self._graph = self._step_graph()
         self._validated = {}
         self._training_sums.reset()
         self.started, self.rate = time.perf_counter(), self.trainer.optimizers[0].param_groups[0]["lr"]

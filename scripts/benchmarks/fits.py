@@ -33,27 +33,26 @@ RUN_BY = {
 }
 
 
-def compare_with_bare(recipe, value, *overrides):
+def compare_with_bare(recipe, value):
     """Seconds of mnist-train's epochs and of a bare loop's, and their ratio."""
-    chosen = [word for word in overrides if word.startswith("data.")]
     commands = {
-        "bare": contestant("bare", recipe, TURNS + 1, value, *chosen),
-        "ours": ours(recipe, TURNS + 1, value, *overrides),
+        "bare": contestant("bare", recipe, TURNS + 1, value),
+        "ours": ours(recipe, TURNS + 1, value),
     }
     seconds, _ = take_turns(commands, TURNS + 1)
     row = {"recipe": recipe, "seconds": seconds, "ratio": ratio(seconds["ours"], seconds["bare"])}
-    print("tax", recipe, value, *overrides, spread(row["ratio"]), file=sys.stderr)
+    print("tax", recipe, value, spread(row["ratio"]), file=sys.stderr)
     return row
 
 
-def tax_table(rows, column, digits):
+def tax_table(rows):
     table = [
-        f"| recipe | {column} | bare loop, s an epoch | mnist-train | ratio (lowest–highest) |",
+        "| recipe | precision | bare loop, s an epoch | mnist-train | ratio (lowest–highest) |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        epoch = [f"{statistics.median(values[1:]):.{digits}f}" for values in row["seconds"].values()]
-        table.append(f"| `{row['recipe']}` | {row[column]} | {' | '.join(epoch)} | {spread(row['ratio'])} |")
+        epoch = [f"{statistics.median(values[1:]):.2f}" for values in row["seconds"].values()]
+        table.append(f"| `{row['recipe']}` | {row['precision']} | {' | '.join(epoch)} | {spread(row['ratio'])} |")
     return table
 
 
@@ -63,7 +62,7 @@ def tax(recipes=(*RECIPES, "mlp"), precisions=PRECISIONS):
         for precision, value in precisions.items()
         for recipe in recipes
     ]
-    return rows, tax_table(rows, "precision", 2)
+    return rows, tax_table(rows)
 
 
 def dropout(recipe="conv32_32_dropout"):
