@@ -19,13 +19,13 @@ pytestmark = pytest.mark.gpu
 CUDA = ("data=digits", "plots=false", "accelerator=cuda", *NETWORK)
 EXACT = (*CUDA, "trainer.deterministic=true")
 SMALL = {"blocks": [{"filters": 4, "kernel": 5, "pool": 4}], "dense": [16]}
-SILENT = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """A plain Trainer leaves convolutions to TF32, as torch does; a run of ours sets it itself."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+DOUBLE = {
+    "precision": "64-true",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def trained(run, *words):
@@ -35,17 +35,20 @@ def trained(run, *words):
 
 
 def by_trainer(*callbacks, accelerator="gpu", kind=DigitClassifier, **flags):
-    """The weights, on the CPU, that a plain Trainer leaves, and the module."""
+    """The weights, on the CPU, that a plain Trainer leaves, and the module.
+
+    In float64: in float32, what a CPU rounds otherwise decides in one of three runs which pixel a pooling takes.
+    """
     torch.manual_seed(1)
     module = kind(ConvNet(SMALL), lambda weights: torch.optim.SGD(weights, lr=0.05))
-    flags = {"max_epochs": 2, **SILENT, **flags}
+    flags = {"max_epochs": 2, **DOUBLE, **flags}
     trainer = pl.Trainer(accelerator=accelerator, devices=1, callbacks=[*callbacks], **flags)
     trainer.fit(module, datamodule=MNISTDataModule("digits"))
     return {name: value.cpu() for name, value in module.state_dict().items()}, module
 
 
 def close(first, second):
-    return all(torch.allclose(value, second[name], atol=1e-4) for name, value in first.items())
+    return all(torch.allclose(value, second[name], atol=1e-9) for name, value in first.items())
 
 
 def test_a_gpu_finds_the_weights_that_a_cpu_finds():
@@ -53,9 +56,9 @@ def test_a_gpu_finds_the_weights_that_a_cpu_finds():
     cpu, other = by_trainer(accelerator="cpu")
     assert close(gpu, cpu)
     for row, theirs in zip(module.history, other.history, strict=True):
-        assert row["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-4)
-        assert row["train/accuracy"] == pytest.approx(theirs["train/accuracy"], abs=2e-3)
-        assert row["val/loss"] == pytest.approx(theirs["val/loss"], abs=1e-3)
+        assert row["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-9)
+        assert row["train/accuracy"] == pytest.approx(theirs["train/accuracy"], abs=1e-9)
+        assert row["val/loss"] == pytest.approx(theirs["val/loss"], abs=1e-9)
 
 
 @pytest.mark.parametrize("flags", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}])
@@ -74,9 +77,12 @@ class Thaw(BaseFinetuning):
             self.unfreeze_and_add_param_group(module.network.blocks, optimizer)
 
 
-@pytest.mark.parametrize(
-    "callback", [lambda: EMAWeightAveraging(decay=0.9), lambda: ModelPruning("l1_unstructured", amount=0.3)]
-)
+def pruning():
+    # By default it sets the weights back to the first ones, which on a CPU are those that train: it has no copy.
+    return ModelPruning("l1_unstructured", amount=0.3, use_lottery_ticket_hypothesis=False)
+
+
+@pytest.mark.parametrize("callback", [lambda: EMAWeightAveraging(decay=0.9), pruning])
 def test_a_callback_may_change_weights_and_layers(callback):
     gpu, cpu = (by_trainer(callback(), accelerator=name, max_epochs=4)[0] for name in ("gpu", "cpu"))
     assert close(gpu, cpu)
@@ -110,7 +116,7 @@ def interrupted_and_fitted_again(accelerator):
     torch.manual_seed(1)
     module = DigitClassifier(ConvNet(SMALL), lambda weights: torch.optim.SGD(weights, lr=0.05))
     for callbacks in ([Interrupts()], []):
-        trainer = pl.Trainer(accelerator=accelerator, devices=1, max_epochs=2, callbacks=callbacks, **SILENT)
+        trainer = pl.Trainer(accelerator=accelerator, devices=1, max_epochs=2, callbacks=callbacks, **DOUBLE)
         with pytest.raises(RuntimeError, match="stopped") if callbacks else nullcontext():
             trainer.fit(module, datamodule=MNISTDataModule("digits"))
     return {name: value.cpu() for name, value in module.state_dict().items()}

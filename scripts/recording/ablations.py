@@ -8,7 +8,9 @@ from mnist_cnn.config.settings import CONF
 def changes(name, settings_of):
     """The overrides that change one part of a recipe each; `settings_of` gives the configuration of overrides."""
     config = settings_of([])
-    recipe = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
+    recipe = _read(name)
+    if isinstance(base := recipe["defaults"][0], str):  # the same with other epochs
+        recipe = _read(base)
     removed = [f"~optimizer.{key}" for key in recipe.get("optimizer", {}) if key != "lr"]
     schedule = [f"~schedule.scheduler.{key}" for key in recipe.get("schedule", {}).get("scheduler", {})]
     blocks = [f"++architecture.blocks.{number}." for number in range(len(config.architecture.blocks))]
@@ -29,3 +31,7 @@ def changes(name, settings_of):
         "with a fifth of the last block dropped out": [f"{blocks[-1]}dropout=0.2"] if blocks else [],
     }
     return {part: words for part, words in parts.items() if settings_of(words) != config}
+
+
+def _read(name):
+    return yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())

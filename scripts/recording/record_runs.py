@@ -34,6 +34,7 @@ SEEDS = {
     "speed_99_gpu": 10,
     "speed_99_5": 20,
     "speed_99_7": 10,
+    "speed_99_7_gpu": 10,
     "record_single": 10,
     "record_ensemble": 5,
 }
@@ -74,7 +75,7 @@ def folder_of(name, words):
         UserError: there are such.
     """
     configs = [settings_of([f"experiment={kind}", *words]) for kind in MEMBERS.get(name, [name])]
-    root = OUT / (f"{name}_cuda" if configs[0].accelerator.name == "cuda" else name)
+    root = OUT / name
     own = {"seed": True, "data": {"root"}}
     file, recipe = root / "recipe.json", "\n".join(each.model_dump_json(exclude=own, indent=1) for each in configs)
     if file.exists() and file.read_text() != recipe:

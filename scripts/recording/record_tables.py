@@ -8,7 +8,7 @@ from scipy.stats import t
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RECORDS = RESULTS / "records.json"
-NAMES = ("speed_99", "speed_99_gpu", "speed_99_5", "speed_99_7", "record_single", "record_ensemble")
+NAMES = ("speed_99", "speed_99_gpu", "speed_99_5", "speed_99_7", "speed_99_7_gpu", "record_single", "record_ensemble")
 # Test digits, counted from 0, of which raters dispute the label.
 DISPUTED = [947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729]
 CURVES, MISSED = RESULTS / "records_curves.png", RESULTS / "records_missed.png"
