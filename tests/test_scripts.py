@@ -10,12 +10,13 @@ import subprocess
 import sys
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from conftest import CONF, REPOSITORY, TUTORIALS, metrics
 from PIL import Image
 
-from benchmarks import communication, turns
+from benchmarks import communication, predict, turns
 from fuzzing import files
 from fuzzing import survey as fuzz
 from mnist_cnn import load_classifier
@@ -395,6 +396,12 @@ def test_epochs_are_measured_in_turns():
     assert all(0.05 < each < 1 for each in accuracy.values()), accuracy
     assert len(set(accuracy.values())) > 1
     assert turns.ratio([9, 2, 4, 6], [1, 1, 1, 2]) == {"median": 3, "lowest": 2, "highest": 4, "pairs": 3}
+
+
+def test_prediction_is_measured_as_mnist_predict_works(tmp_path):
+    np.save(tmp_path / "digits.npy", np.zeros((3, 28, 28), np.uint8))
+    predict.classified("pretrained", str(tmp_path / "digits.npy"), "exact", str(tmp_path / "answers.csv"))
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 1 + 3
 
 
 def test_communication_counts_every_parameter():

@@ -55,7 +55,7 @@ class DigitLoader:
         first, self._first = self._first % max(len(self), 1), 0
         indices = self.order().to(labels.device) if self.order else torch.arange(len(labels), device=labels.device)
         at_once = self.ranks == 1 and labels.device.type != "cpu"  # else each batch waits for two more launches
-        if at_once and self.order:
+        if at_once:
             images, labels = images.index_select(0, indices), labels.index_select(0, indices)
         for position in range(first, len(self)):
             self.position = position + 1

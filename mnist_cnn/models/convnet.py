@@ -77,6 +77,7 @@ class ConvNet(nn.Module):
             self.training
             and x.device.type == "cpu"
             and x.dtype == torch.float32
+            and not x.requires_grad  # its first layer finds no gradient of the pixels
             and torch.backends.mkldnn.is_available()
             and not torch.is_autocast_enabled("cpu")
             and self._plain

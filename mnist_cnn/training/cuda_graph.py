@@ -16,6 +16,7 @@ HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
+    "_backward_pre_hooks",
     "_post_accumulate_grad_hooks",
     "_compiled_call_impl",
 )

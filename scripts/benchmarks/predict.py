@@ -48,7 +48,7 @@ def scoring(classifier, test):
 def classified(checkpoint, images, mode, output):
     settings = Predict(
         checkpoint=checkpoint, images=images, input="paths", mode=mode, output=output, top_k=0, grid=None,
-        tta=1, skip_errors=False, accelerator={"name": "cpu"},
+        tta=1, skip_errors=False, digits="one", modules=[], accelerator={"name": "cpu"},
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         classify(settings)

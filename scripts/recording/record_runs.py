@@ -26,18 +26,9 @@ from mnist_cnn.runs.hydra_app import plain_job
 from mnist_cnn.train import composed_of
 from mnist_cnn.training.optimizers import instantiate
 from recording.ablations import changes
-from recording.record_tables import DISPUTED, draw
+from recording.record_tables import DISPUTED, SEEDS, draw
 
 OUT = Path("outputs/records").absolute()
-SEEDS = {
-    "speed_99": 20,
-    "speed_99_gpu": 10,
-    "speed_99_5": 20,
-    "speed_99_7": 10,
-    "speed_99_7_gpu": 10,
-    "record_single": 10,
-    "record_ensemble": 5,
-}
 MEMBERS = {"record_ensemble": {"record_ensemble": 2, "record_single": 2}}  # how many networks of which recipe
 VALIDATION = 10_000  # the last training digits
 HALF = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -75,10 +66,10 @@ def folder_of(name, words):
         UserError: there are such.
     """
     configs = [settings_of([f"experiment={kind}", *words]) for kind in MEMBERS.get(name, [name])]
-    root = OUT / name
+    root = OUT / (f"{name}_cuda" if configs[0].accelerator.name == "cuda" else name)
     own = {"seed": True, "data": {"root"}}
     file, recipe = root / "recipe.json", "\n".join(each.model_dump_json(exclude=own, indent=1) for each in configs)
-    if file.exists() and file.read_text() != recipe:
+    if any(root.rglob("seed_*.json")) and file.read_text() != recipe:
         raise UserError(f"{root} has runs of another recipe: move it away, or set the recipe back")
     root.mkdir(parents=True, exist_ok=True)
     write_whole(file, recipe)
@@ -106,16 +97,6 @@ def train_run(folder, words):
     data.setup()
     seen = load_classifier(folder, "cpu").description.history[-1]["step"] * config.data.batch_size
     seen = min(int(seen), len(data.train.labels) * config.epochs)  # the last batch of an epoch is a shorter one
-    device = find_device(config.accelerator.name)
-    machine = (
-        {"machine": f"{about['machine']}, {torch.cuda.get_device_name()}"}
-        if device.type == "cuda"
-        else {
-            "machine": about["machine"],
-            "product_rate": product(HALF[config.accelerator.precision] or torch.float32),  # how fast this machine was
-            "yardstick": yardstick(),
-        }
-    )
     counts = {part: multiply_adds(network, image, part == "training") for part in ("training", "scoring")}
     return {
         **{key: metrics[key] for key in ("parameters", "epochs", "train_seconds", "test_seconds")},
@@ -123,9 +104,17 @@ def train_run(folder, words):
         "scoring_multiply_adds": counts["scoring"] * len(data.test.labels) * config.tta,
         "precision": config.accelerator.precision,
         "threads": torch.get_num_threads(),
-        **machine,
         **{key: about[key] for key in ("versions", "git_commit", "started")},
     }
+
+
+def machine_of(folder):
+    """The machine that a run was made on just now, and how fast it is."""
+    config, about = read_run(folder)
+    if find_device(config.accelerator.name).type == "cuda":
+        return {"machine": f"{about['machine']}, {torch.cuda.get_device_name()}"}
+    rate = product(HALF[config.accelerator.precision] or torch.float32)
+    return {"machine": about["machine"], "product_rate": rate, "yardstick": yardstick()}
 
 
 def logits_of(folders, part, tta=None):
@@ -219,7 +208,8 @@ def test_run(folder, name, number, divisor, words):
         ]
     sums = {key: sum(run[key] for run in runs) for key in runs[0] if key.endswith(("_seconds", "_adds"))}
     sums |= {key: sum(run[key] for run in runs) for key in ("parameters", "epochs")}
-    return {**runs[-1], **sums, "members": len(runs), **figures_of(*logits_of(folders, "test"), divisor)}
+    figures = figures_of(*logits_of(folders, "test"), divisor)
+    return {**runs[-1], **sums, **machine_of(folders[-1]), "members": len(runs), **figures}
 
 
 def ablate(name, count, words):
@@ -254,7 +244,8 @@ def main(arguments, usage):
     try:
         if verbs == ["pictures"]:
             return draw()
-        for name in names or SEEDS:
+        # Recipes for a GPU are recorded on one, all others on a CPU.
+        for name in names or [name for name in SEEDS if name.endswith("_gpu") == torch.cuda.is_available()]:
             for kind in MEMBERS.get(name, [name]):
                 warm_up(settings_of([f"experiment={kind}", *words]))
             (ablate if verbs else record)(name, int(seeds or SEEDS[name]), words)

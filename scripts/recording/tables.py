@@ -151,7 +151,7 @@ def claims():
     for name in runs["tutorials"]:
         for group in ("architecture", "experiment"):
             files[ROOT / "conf" / group / f"{name}.yaml"] = recipes.claim(runs, name)
-    for name in record_tables.NAMES:
+    for name in record_tables.SEEDS:
         if claim := record_tables.claim(best, name):
             files[ROOT / "conf" / "experiment" / f"{name}.yaml"] = claim
     return files
