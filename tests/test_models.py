@@ -293,6 +293,14 @@ def test_onednns_layout_takes_dropout_and_batch_norm():
         assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+def test_pixels_have_a_gradient_in_training():
+    network = ConvNet({"blocks": [{"filters": 4, "kernel": 3, "pool": 2}], "dense": [8]})
+    network.onednn = True
+    images = torch.rand(2, 1, 28, 28).requires_grad_()
+    network(images).sum().backward()
+    assert images.grad is not None
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.9])
 def test_dropout_keeps_the_fraction_and_the_mean(fraction):
     torch.manual_seed(1)
