@@ -166,20 +166,23 @@ def thumbnail(picture: Any) -> NDArray[np.uint8]:
 def digits_in_boxes(picture: Any, digits: list[Digit]) -> NDArray[np.uint8]:
     """A picture of any kind with each digit's box and label, `?` where it is unsure, on grey, uint8 (600, 800, 3)."""
     import numpy as np
-    from PIL import ImageDraw, ImageOps
+    from PIL import Image, ImageDraw, ImageOps
 
     seen = as_seen(picture)
-    shown = ImageOps.contain(seen, (800, 600))
+    shown = ImageOps.contain(seen, (800, 520))
     scale = shown.width / (seen.width * getattr(picture, "info", {}).get("reduced_by", 1))
-    draw = ImageDraw.Draw(shown)
+    across, down = (800 - shown.width) // 2, (600 - shown.height) // 2  # down: 40 pixels at least, for a label above
+    canvas = Image.new("RGB", (800, 600), (200, 200, 200))
+    canvas.paste(shown, (across, down))
+    draw = ImageDraw.Draw(canvas)
     for digit in digits:
         left, top, right, bottom = (scale * edge for edge in digit.box)
-        draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=(220, 0, 0), width=2)
-        size = min(40, max(14, 0.4 * (bottom - top)))
-        place, anchor = ((left, top - 6), "ls") if top > size else ((left, bottom + 6), "lt")
+        left, top, right, bottom = left + across - 3, top + down - 3, right + across + 2, bottom + down + 2
+        draw.rectangle((left, top, right, bottom), outline=(220, 0, 0), width=2)
+        size = min(34, max(18, 0.4 * (bottom - top)))
         text = digit.label + "?" * digit.unsure
-        draw.text(place, text, fill=(220, 0, 0), font_size=size, anchor=anchor)
-    return np.asarray(ImageOps.pad(shown, (800, 600), color=(200, 200, 200)))
+        draw.text((left, top - 3), text, fill=(220, 0, 0), font_size=size, anchor="ls")
+    return np.asarray(canvas)
 
 
 def as_seen(picture: Any) -> Image:

@@ -157,6 +157,16 @@ class Train(Strict):
     multirun: Multirun = Multirun()
     modules: list[NonEmpty] = Field(default_factory=list)
 
+    @model_validator(mode="after")
+    def _a_digit_for_each_device(self) -> Train:
+        devices = self.accelerator.devices * self.accelerator.num_nodes
+        if self.data.batch_size < devices:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size}: the devices share a batch, so it must be {devices} at least, "
+                "as many as there are"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _experiment_is_global(cls, config: Any) -> Any:

@@ -64,9 +64,9 @@ def image_grid(
     axes = figure.add_axes((0.01, 0.01, 0.86 if bar else 0.98, 1 - 0.5 / figure.get_figheight()))
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         left, top = (number % columns) * (width + gap_x), (number // columns) * (height + gap_y)
-        drawn = axes.imshow(image, extent=(left, left + width, top + height, top), interpolation="nearest", **style)
+        drawn = axes.imshow(image, extent=(left, left + width, top + height, top), interpolation="auto", **style)
         axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="0.8", linewidth=0.5))
-        axes.text(left + width / 2, top - 0.03 * height, label, ha="center", va="bottom", fontsize=8)
+        axes.text(left + width / 2, top - 0.03 * width / inches, label, ha="center", va="bottom", fontsize=8)
     axes.set(xlim=(-gap_x, columns * (width + gap_x)), ylim=(rows * (height + gap_y), -gap_y), aspect="equal")
     axes.set_axis_off()
     if bar:

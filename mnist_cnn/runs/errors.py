@@ -36,6 +36,7 @@ MEANT = {
     "ckpt_path": ["resume", "checkpoint"],
     "resume": ["checkpoint"],
 }
+FILES = {"predict": "images", **dict.fromkeys(("evaluate", "export", "draw"), "checkpoint")}  # the key for a mere path
 
 
 def refuse(reason: object, error: Exception | None = None) -> NoReturn:
@@ -70,10 +71,16 @@ def in_one_line(error: Exception, config_name: str) -> str:
         torn = str(error.override)
         if torn.count("[") != torn.count("]") or torn.count("{") != torn.count("}") or torn.endswith(","):
             return f"{torn}: the shell has taken it apart: put the whole of key=value in single quotes"
+        if "=" not in torn and config_name in FILES:
+            return f"{torn}: expected key=value; did you mean {FILES[config_name]}={torn}?"
         if not re.match(r"[+~]*[\w./@:-]+=", torn):
             return f"{torn}: expected key=value, without spaces, as in epochs=3 or architecture.blocks.0.filters=32"
         reason = next(line for line in text.splitlines() if line.strip()).removeprefix("LexerNoViableAltException: ")
         return f"{error.override}: expected key=value; quote what is special to Hydra, as in 'key=\"a b\"' ({reason})"
+    if match := re.match(r"Ambiguous value for argument '(([^=]+)=.+)'", text):
+        return (
+            f"{match[1]}: a list stands in brackets, as in '{match[2]}=[a,b]'; mnist-train -m takes one after the other"
+        )
     if text.startswith("Config group override"):
         return f"a group takes the name of one of its options, such as architecture=conv10 ({text.splitlines()[0]})"
     if isinstance(error, OSError):

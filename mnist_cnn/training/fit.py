@@ -218,8 +218,11 @@ def first_network(
     """The network before its first step, and the configuration with the architecture that it really has.
 
     Raises:
-        UserError: the command line asks for another architecture or normalization than those of `initialize`.
+        UserError: the command line asks for another architecture or normalization than those of `initialize`, or for
+            frozen blocks without it.
     """
+    if config.freeze and not config.initialize:
+        raise UserError("freeze=blocks keeps the blocks as they are: give initialize=FOLDER, a run that trained them")
     if continued or not config.initialize:  # a continued run has its weights from its own last checkpoint
         network = ConvNet(config.architecture, len(data.classes), data.mean, data.std)
         if config.architecture.own_modules():
