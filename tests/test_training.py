@@ -47,7 +47,7 @@ def test_every_recipe_trains_a_step(run, name):
     assert figures["tested_epoch"] == 1
     assert figures["val/accuracy"] is None or name in ("conv64_128", "robust")
     warped = yaml.safe_load((ended.folder() / "config.yaml").read_text())["augmentation"].values()
-    augmented = ("speed_99_5", "speed_99_7", "record_single", "record_ensemble", "robust")
+    augmented = ("speed_99_5", "speed_99_7", "speed_99_7_gpu", "record_single", "record_ensemble", "robust")
     assert any(warped) is (name in augmented)  # not by the data
     header = (CONF / "experiment" / f"{name}.yaml").read_text()
     several = r"9\d\.\d+ ± \d\.\d+ % \(mean ± sd of \d+"
