@@ -433,6 +433,7 @@ TABLE = [
     (f"{TRAIN} accelerator.devices=4 data.batch_size=3", 2, ["data.batch_size=3", "must be 4 at least"]),
     (f"{TRAIN} freeze=blocks", 2, ["give initialize=FOLDER"]),
     ("mnist-predict photo.jpg", 2, ["photo.jpg: expected key=value; did you mean images=photo.jpg?"]),
+    ("mnist-predict images = photo.jpg", 2, ["images: expected key=value, without spaces"]),
     (f"{TRAIN} -m seed=1, 2", 2, ["seed=1,: the shell has taken it apart"]),
     (f"{TRAIN} -m seed=1 seed=2", 2, ["seed is given 2 times: the values of a sweep stand together"]),
     ("mnist-train --config-dir spaces experiment=chosen", 2, ["must be: # @package _global_"]),

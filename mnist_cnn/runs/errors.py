@@ -71,7 +71,7 @@ def in_one_line(error: Exception, config_name: str) -> str:
         torn = str(error.override)
         if torn.count("[") != torn.count("]") or torn.count("{") != torn.count("}") or torn.endswith(","):
             return f"{torn}: the shell has taken it apart: put the whole of key=value in single quotes"
-        if "=" not in torn and config_name in FILES:
+        if config_name in FILES and re.fullmatch(r"[^=]*[./][^=]*", torn):
             return f"{torn}: expected key=value; did you mean {FILES[config_name]}={torn}?"
         if not re.match(r"[+~]*[\w./@:-]+=", torn):
             return f"{torn}: expected key=value, without spaces, as in epochs=3 or architecture.blocks.0.filters=32"

@@ -221,7 +221,7 @@ def first_network(
         UserError: the command line asks for another architecture or normalization than those of `initialize`, or for
             frozen blocks without it.
     """
-    if config.freeze and not config.initialize:
+    if config.freeze and not config.initialize and not continued:
         raise UserError("freeze=blocks keeps the blocks as they are: give initialize=FOLDER, a run that trained them")
     if continued or not config.initialize:  # a continued run has its weights from its own last checkpoint
         network = ConvNet(config.architecture, len(data.classes), data.mean, data.std)
