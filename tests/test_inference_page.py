@@ -147,7 +147,7 @@ def test_probabilities_are_the_checkpoints(opened, tmp_path, mnist_root, name):
     (tmp_path / "x.html").write_text(page(folded(network, half=False), description, half=False))
     assert name != "robust" or (tmp_path / "x.html").stat().st_size < 2_000_000
     window = opened(tmp_path / "x.html")
-    digits = load("mnist", mnist_root).test.images[: None if BROWSER == "all" else 1000]
+    digits = load("mnist", mnist_root).test.images[: None if BROWSER == "all" else 200]
     for batch in digits.split(1000):
         with torch.inference_mode():
             expected = (network(batch) / description.temperature).softmax(1).numpy()
@@ -186,7 +186,7 @@ def test_a_drawing_becomes_what_python_makes_of_it(opened, digits_page):
     """Thin and thick, small and large, in the middle and along the edge, with a stroke taken back."""
     window = opened(digits_page)
     generator = np.random.default_rng(1)
-    for number in range(20):
+    for number in range(12):
         window.locator("#stroke").fill(str([6, 9, 14, 24][number % 4]))
         scale, (x, y) = generator.uniform(0.2, 1), generator.uniform(0, 1, 2)
         draw(window, [[(a * scale + 100 * x * (1 - scale), b * scale + 100 * y * (1 - scale)) for a, b in s]
