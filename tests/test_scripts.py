@@ -317,7 +317,7 @@ def test_disturbed_runs_end_as_undisturbed_ones(tmp_path):
 
 # --- fuzzing -------------------------------------------------------------------------------------------------
 
-COUNTS = {"configurations": 60, "idx files": 500, "pictures": 500, "checkpoints": 200}
+COUNTS = {"configurations": 100, "idx files": 500, "pictures": 500, "checkpoints": 200}
 COUNTS |= {"folders": 200, "lists": 100, "npz files": 200, "ONNX files": 40, "HDF5 files": 80}
 
 
